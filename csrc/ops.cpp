@@ -1,0 +1,44 @@
+// Every op's schema, and nothing else. Defaults live here; the Python wrappers repeat them and a
+// test compares the two.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(kvcore, m) {
+  // ---- turbo: attention on float inputs
+  m.def(
+      "turbo_attention(Tensor q, Tensor k, Tensor v, Tensor? k_balance=None, Tensor? k_mean=None, "
+      "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, *, bool causal=False, "
+      "float? scale=None, int? window=None, float? sas_threshold=-10.0, bool check_values=False) "
+      "-> (Tensor out, Tensor lse)");
+
+  // ---- turbo: the quantized store
+  m.def(
+      "turbo_calibrate(Tensor k, Tensor? left_padding=None, *, bool balance=True, "
+      "bool subtract_mean=True, int rotary_dim=-1, bool check_values=False) "
+      "-> (Tensor k_balance, Tensor k_mean)");
+  m.def(
+      "turbo_head_priority(Tensor x, Tensor? left_padding=None, *, bool check_values=False) "
+      "-> Tensor");
+  m.def(
+      "turbo_quantize(Tensor k, Tensor v, Tensor? k_balance=None, Tensor? k_mean=None, "
+      "Tensor? left_padding=None, *, int[] k_bits=[4], int[] v_bits=[4], int sink_pages=1, "
+      "float tail_margin=1.25, bool check_values=False) "
+      "-> (Tensor pool8, Tensor pool4, Tensor pool2, Tensor block_table, Tensor tail, "
+      "Tensor tail_scale, Tensor clamp_count, Tensor seq_lens)");
+  m.def(
+      "turbo_append(Tensor k, Tensor v, Tensor(a!)[] pool, Tensor block_table, Tensor(b!) tail, "
+      "Tensor(c!) tail_scale, Tensor(d!) clamp_count, Tensor(e!) seq_lens, "
+      "Tensor? k_balance=None, Tensor? k_mean=None, Tensor? left_padding=None, *, "
+      "float tail_margin=1.25, bool check_values=False) -> ()");
+  m.def(
+      "turbo_rewind(Tensor[] pool, Tensor block_table, Tensor(a!) tail, Tensor(b!) seq_lens, "
+      "Tensor new_lens, *, bool check_values=False) -> ()");
+  m.def(
+      "turbo_dequantize(Tensor[] pool, Tensor block_table, Tensor tail, Tensor seq_lens, "
+      "Tensor? k_balance=None, Tensor? k_mean=None, *, int kv_len, bool right_align=False, "
+      "ScalarType dtype=float, bool check_values=False) -> (Tensor k, Tensor v)");
+  m.def(
+      "turbo_decode(Tensor q, Tensor[] pool, Tensor block_table, Tensor tail, Tensor seq_lens, "
+      "Tensor? k_balance=None, Tensor? k_mean=None, *, bool causal=True, float? scale=None, "
+      "int? window=None, float? sas_threshold=-10.0, bool check_values=False) "
+      "-> (Tensor out, Tensor lse)");
+}

@@ -1,0 +1,119 @@
+"""Shapes and dtypes of every op for tracing, and backwards that refuse by name."""
+
+import torch
+from torch import Tensor
+
+TAIL_SLOTS, PAGE_TOKENS, HEADER_BYTES = 2, 64, 64
+
+
+def block_bytes(bits: int, head_dim: int) -> int:
+    """Bytes of a 64-token block of one head, as ``csrc/turbo/layout.h`` defines them."""
+    side = 0 if bits == 8 else 2 * head_dim
+    return HEADER_BYTES + side + PAGE_TOKENS * head_dim * bits // 8
+
+
+@torch.library.register_fake("kvcore::turbo_attention")
+def _(q, k, v, *args, **kwargs):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("kvcore::turbo_decode")
+def _(q, pool, *args, **kwargs):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("kvcore::turbo_calibrate")
+def _(k, left_padding=None, **kwargs):
+    shape = (k.shape[0], k.shape[1], k.shape[3])
+    return k.new_empty(shape, dtype=torch.float32), k.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("kvcore::turbo_head_priority")
+def _(x, left_padding=None, **kwargs):
+    return x.new_empty(x.shape[:2], dtype=torch.float32)
+
+
+@torch.library.register_fake("kvcore::turbo_quantize")
+def _(
+    k,
+    v,
+    k_balance=None,
+    k_mean=None,
+    left_padding=None,
+    *,
+    k_bits=(4,),
+    v_bits=(4,),
+    sink_pages=1,
+    tail_margin=1.25,
+    check_values=False,
+):
+    batch, kv_heads, kv_len, head_dim = k.shape
+    pages = kv_len // PAGE_TOKENS
+    widths = [b for bits in (k_bits, v_bits) for b in (bits * kv_heads if len(bits) == 1 else bits)]
+    if left_padding is None:
+        sinks = min(sink_pages, pages)
+        blocks = {b: batch * (pages - sinks) * widths.count(b) for b in (8, 4, 2)}
+        blocks[8] += batch * sinks * 2 * kv_heads
+    else:  # how many pages each sequence fills depends on the values of left_padding
+        blocks = {b: torch.library.get_ctx().new_dynamic_size() for b in (8, 4, 2)}
+    pools = [k.new_empty((blocks[b], block_bytes(b, head_dim)), dtype=torch.uint8) for b in blocks]
+    per_head = (batch, 2, kv_heads)
+    return (
+        *pools,
+        k.new_empty((*per_head, pages), dtype=torch.int32),
+        k.new_empty((*per_head, TAIL_SLOTS, block_bytes(8, head_dim)), dtype=torch.uint8),
+        k.new_empty(per_head, dtype=torch.float32),
+        k.new_empty(per_head, dtype=torch.int64),
+        k.new_empty((batch,), dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("kvcore::turbo_append")
+def _(*args, **kwargs):
+    return None
+
+
+@torch.library.register_fake("kvcore::turbo_rewind")
+def _(*args, **kwargs):
+    return None
+
+
+@torch.library.register_fake("kvcore::turbo_dequantize")
+def _(
+    pool,
+    block_table,
+    tail,
+    seq_lens,
+    k_balance=None,
+    k_mean=None,
+    *,
+    kv_len,
+    right_align=False,
+    dtype=torch.float32,
+    check_values=False,
+):
+    batch, _, kv_heads = block_table.shape[:3]
+    head_dim = (tail.shape[-1] - HEADER_BYTES) // PAGE_TOKENS
+    shape = (batch, kv_heads, kv_len, head_dim)
+    return tail.new_empty(shape, dtype=dtype), tail.new_empty(shape, dtype=dtype)
+
+
+def _refuse_backward(name: str) -> None:
+    def backward(ctx, *grads: Tensor):
+        raise RuntimeError(
+            f"{name}: has no backward; call it under torch.no_grad() or use "
+            "torch.nn.functional.scaled_dot_product_attention for training"
+        )
+
+    torch.library.register_autograd(f"kvcore::{name}", backward)
+
+
+for _name in (
+    "turbo_attention",
+    "turbo_decode",
+    "turbo_calibrate",
+    "turbo_head_priority",
+    "turbo_quantize",
+    "turbo_dequantize",
+):
+    _refuse_backward(_name)
