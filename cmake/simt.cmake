@@ -1,0 +1,11 @@
+# kvcore_simt: the CUDA kernels' own source, compiled by the host compiler over csrc/simt. Tests only.
+if(NOT KVCORE_SIMT)
+  return()
+endif()
+if(NOT simt_sources)
+  message(FATAL_ERROR "KVCORE_SIMT=ON, but this version of kvcore has no csrc/simt sources")
+endif()
+add_library(kvcore_simt MODULE ${op_sources} ${binding_sources} ${simt_sources})
+target_link_libraries(kvcore_simt PRIVATE kvcore_flags torch_stable)
+target_compile_definitions(kvcore_simt PRIVATE KVCORE_SIMT=1)
+list(APPEND libraries kvcore_simt)
