@@ -1,0 +1,10 @@
+"""Every op in plain PyTorch, written to be read; the oracle of the tests.
+
+Nothing here imports the ops or native code. ``kvcore.reference.<family>`` repeats the names and
+arguments of the ops; :func:`exact_attention` is what all of them approximate.
+"""
+
+from kvcore.reference import turbo
+from kvcore.reference.attention import exact_attention
+
+__all__ = ["exact_attention", "turbo"]
