@@ -1,0 +1,30 @@
+"""Measures what a compressed cache costs in quality; every scored token is read through the cache.
+
+`stepwise_scores` runs a model over given tokens; the functions of `metrics` turn two such runs (one
+with the full cache, one with a compressed one, on the same tokens) into figures with intervals.
+"""
+
+from kvcore.eval.metrics import (
+    Interval,
+    accuracy,
+    agreement,
+    bits_per_byte,
+    kl_divergence,
+    mean_interval,
+    paired_ratio_interval,
+)
+from kvcore.eval.sizes import CacheBytes, cache_bytes
+from kvcore.eval.stepwise import stepwise_scores
+
+__all__ = [
+    "CacheBytes",
+    "Interval",
+    "accuracy",
+    "agreement",
+    "bits_per_byte",
+    "cache_bytes",
+    "kl_divergence",
+    "mean_interval",
+    "paired_ratio_interval",
+    "stepwise_scores",
+]

@@ -1,0 +1,100 @@
+"""Teacher-forced scoring: each scored token is predicted from what the cache returns.
+
+One forward pass over a whole text never reads its cache, and scores any compression as lossless.
+So a context is prefilled, and the tokens after it are fed in steps that attend over the cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _forward(model: Any, tokens: Tensor, cache: Any, last_only: bool) -> Tensor:
+    kwargs = {}
+    if last_only and "logits_to_keep" in inspect.signature(model.forward).parameters:
+        kwargs["logits_to_keep"] = (
+            1  # a prefill's logits over a large vocabulary outweigh the model
+        )
+    return model(input_ids=tokens, past_key_values=cache, use_cache=True, **kwargs).logits
+
+
+def stepwise_scores(
+    model: Any,
+    cache_factory: Callable[[], Any],
+    tokens: Tensor,
+    *,
+    context_len: int,
+    chunk: int = 1,
+    positions: Tensor | None = None,
+    on_cache: Callable[[Any], None] | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Log-probabilities of the tokens after a context, each predicted through the cache.
+
+    The first `context_len` tokens are prefilled; the rest but the last are then fed `chunk` at a
+    time, each step attending causally over the cache. The prediction that the prefill itself makes
+    (of token `context_len`) is not scored: it need not have read the cache.
+
+    Args:
+        model: a causal language model of transformers in evaluation mode, with the attention
+            implementation that suits the cache.
+        cache_factory: returns a new empty cache.
+        tokens: int64 ``[batch, length]``, sequences of equal length without padding.
+        context_len: prefilled tokens, at least 1.
+        chunk: tokens per step. 1 is decoding; more is faster, and the pages that fill within a step
+            are read at their final width by the whole step, so quality is never flattered.
+        positions: int64 ``[n]``, ascending: keep only the predictions made by tokens at these
+            positions of the sequence (in ``[context_len, length - 2]``).
+        on_cache: called with the filled cache at the end.
+        on_step: called after each forward pass with the number of tokens it took.
+
+    Returns:
+        fp32 natural-log ``[batch, steps, vocab]``, ``steps = length - context_len - 1``: entry i
+        predicts token ``context_len + i + 1``. With `positions`, ``[batch, n, vocab]``.
+
+    Raises:
+        ValueError: for lengths that leave nothing to score.
+    """
+    if tokens.dim() != 2:
+        raise ValueError(f"tokens must have shape [batch, length], got {list(tokens.shape)}")
+    length = tokens.shape[1]
+    if not 1 <= context_len <= length - 2:
+        raise ValueError(
+            f"context_len must lie in [1, {length - 2}] for {length} tokens, got {context_len}"
+        )
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    keep = torch.zeros(length, dtype=torch.bool)
+    if positions is None:
+        keep[context_len : length - 1] = True
+    else:
+        if positions.numel() and not (
+            context_len <= int(positions.min()) and int(positions.max()) <= length - 2
+        ):
+            raise ValueError(
+                f"positions must lie in [{context_len}, {length - 2}], got "
+                f"{int(positions.min())} to {int(positions.max())}"
+            )
+        keep[positions] = True
+
+    cache = cache_factory()
+    kept = []
+    with torch.no_grad():
+        _forward(model, tokens[:, :context_len], cache, last_only=True)
+        if on_step is not None:
+            on_step(tokens.shape[0] * context_len)
+        for start in range(context_len, length - 1, chunk):
+            stop = min(start + chunk, length - 1)
+            logits = _forward(model, tokens[:, start:stop], cache, last_only=False)
+            logits = logits[:, keep[start:stop].to(logits.device)]
+            kept.append(torch.log_softmax(logits.float(), dim=-1))
+            if on_step is not None:
+                on_step(tokens.shape[0] * (stop - start))
+    if on_cache is not None:
+        on_cache(cache)
+    return torch.cat(kept, dim=1)
