@@ -46,8 +46,8 @@ def turbo_calibrate(
         amax = torch.cat([pair, pair, amax[:, 2 * half :]], 1)
         largest = amax.amax(1, keepdim=True)
         if balance:
-            root = (amax / largest).sqrt().clamp_min(MIN_BALANCE)
-            k_balance[b] = torch.where(largest > 0, root, 1)
+            root = (amax / largest).sqrt()
+            k_balance[b] = torch.where(largest > 0, (root * root.sqrt()).clamp_min(MIN_BALANCE), 1)
     return k_balance, k_mean
 
 
