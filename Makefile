@@ -1,0 +1,107 @@
+# Everything from an empty clone: `make demo`, `make test`. Each target sets up its own virtual
+# environment in $(VENV); what is already there is not done again.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TRANSFORMERS ?= transformers==5.23.0
+MAX_JOBS ?= $(shell nproc)
+PYTEST_ARGS ?=
+# Pytest runs as many processes as there are processors, hence one thread each.
+PYTEST_WORKERS ?= $(shell nproc)
+ISA_LEVELS ?= scalar avx2 avx512
+
+.PHONY: help build test demo isa asan lint format audit bench clean
+.DEFAULT_GOAL := help
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+STAMP := $(VENV)/.kvcore
+# The version is in the name, so that another TORCH=... installs again.
+TORCH_STAMP := $(STAMP)/torch/$(subst /,_,$(TORCH))
+INSTALL_STAMP := $(STAMP)/install/$(subst /,_,$(TORCH)-$(TRANSFORMERS))
+# Ninja and CMake come from the environment, whatever else the machine has.
+export PATH := $(abspath $(VENV)/bin):$(PATH)
+export MAX_JOBS
+export CMAKE_CXX_COMPILER_LAUNCHER ?= $(shell command -v ccache)
+export CMAKE_CUDA_COMPILER_LAUNCHER ?= $(shell command -v ccache)
+RUN_TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(PYTEST_WORKERS)
+
+help:
+	@echo "make build   compile and install in place (editable)"
+	@echo "make test    the test suite"
+	@echo "make demo    a model with a compressed cache, in about a minute"
+	@echo "make isa     the tests marked isa at each of: $(ISA_LEVELS)"
+	@echo "make asan    the tests marked asan under AddressSanitizer and UBSan"
+	@echo "make lint    ruff and clang-format, nothing changed;  make format  changes"
+	@echo "make audit   the libraries use torch's stable ABI only"
+	@echo "make bench   the benchmarks;  make clean  remove what was built"
+
+$(STAMP)/venv:
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(@D) && touch $@
+
+$(TORCH_STAMP): $(STAMP)/venv
+	$(PIP) "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13" "$(TORCH)"
+	@rm -rf $(@D) && mkdir -p $(@D) && touch "$@"
+
+$(INSTALL_STAMP): $(TORCH_STAMP) pyproject.toml
+	$(PIP) --no-build-isolation --editable ".[test]" "$(TORCH)" "$(TRANSFORMERS)"
+	@rm -rf $(@D) && mkdir -p $(@D) && touch "$@"
+
+$(STAMP)/lint: $(STAMP)/venv pyproject.toml
+	$(PIP) $$($(PY) .ci/extra.py lint)
+	@touch $@
+
+$(STAMP)/audit: $(STAMP)/venv pyproject.toml
+	$(PIP) $$($(PY) .ci/extra.py audit)
+	@touch $@
+
+build: $(INSTALL_STAMP)
+	$(PY) setup.py --quiet build_ext --inplace
+
+test: build
+	$(RUN_TESTS) $(PYTEST_ARGS)
+
+demo: build
+	$(PY) -m kvcore demo
+
+isa: build
+	for level in $(ISA_LEVELS); do \
+	  if ! $(PY) -c "from kvcore import _C; assert '$$level' in _C.cpu_isa()['supported']" \
+	      2>/dev/null; then echo "$$level: not supported by this machine"; continue; fi; \
+	  echo "KVCORE_CPU_ISA=$$level"; \
+	  KVCORE_CPU_ISA=$$level $(RUN_TESTS) -m isa $(PYTEST_ARGS) || exit 1; \
+	done
+
+# The sanitized build lives beside the normal one. The runtimes are preloaded because Python is not
+# linked with them, libstdc++ because they must find __cxa_throw when they start. Python itself
+# leaks by design.
+ASAN_DIR := build/asan
+asan_runtime = $(shell c++ -print-file-name=$(1))
+asan: $(INSTALL_STAMP)
+	KVCORE_BUILD_DIR=$(ASAN_DIR)/cmake CMAKE_ARGS="$$CMAKE_ARGS -DKVCORE_SANITIZE=ON -DKVCORE_CUDA=OFF" \
+	  $(PY) setup.py --quiet build --build-base $(ASAN_DIR) --build-lib $(ASAN_DIR)/lib
+	PYTHONPATH=$(ASAN_DIR)/lib ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$(foreach l,libasan.so libubsan.so libstdc++.so,$(call asan_runtime,$(l)))" \
+	  $(RUN_TESTS) -m asan $(PYTEST_ARGS)
+
+CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+lint: $(STAMP)/lint
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(STAMP)/lint
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+audit: build $(STAMP)/audit
+	$(VENV)/bin/torch-abi-audit --check torch python/kvcore/kvcore_cpu.so
+
+bench: build
+	$(PY) bench/run.py $(BENCH_ARGS)
+
+clean:
+	rm -rf build dist python/*.egg-info python/kvcore/*.so
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

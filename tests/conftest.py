@@ -1,0 +1,37 @@
+import pytest
+import torch
+from hypothesis import settings
+
+# Derandomized: a failure is that of the change under test, and shows again when run again.
+settings.register_profile("kvcore", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("kvcore")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    """Every device that the ops run on."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Makes `empty` return NaN, or the largest integer, also to allocations in C++.
+
+    An op that leaves a part of its output unwritten then shows it.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
