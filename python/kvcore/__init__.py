@@ -7,35 +7,26 @@ from __future__ import annotations
 
 import importlib
 
-__version__ = "0.1.0"
-
 from kvcore import _native
 
 _native.load()
 
-_SUBMODULES = ("cache", "demo", "eval", "hf", "ops", "reference")
+from kvcore import ops  # noqa: E402  (needs the schemas)
+from kvcore.ops import *  # noqa: E402, F403
+from kvcore.ops import fake as _fake  # noqa: E402, F401  (registers the fake kernels)
 
+__version__ = "0.1.0"
+__all__ = ["__version__", *ops.__all__]
 
-def _wrappers() -> dict[str, object]:
-    try:
-        ops = importlib.import_module("kvcore.ops")
-    except ModuleNotFoundError as error:
-        if error.name != "kvcore.ops":
-            raise
-        return {}
-    return {name: getattr(ops, name) for name in ops.__all__}
-
-
-globals().update(_wrappers())
-__all__ = ["__version__", *_wrappers()]
+# These may import transformers, or are for tests: only on first use.
+_LAZY = ("cache", "demo", "eval", "hf", "reference")
 
 
 def __getattr__(name: str):
-    # cache, hf, eval and demo may import transformers: only on first use.
-    if name in _SUBMODULES:
+    if name in _LAZY:
         return importlib.import_module(f"kvcore.{name}")
     raise AttributeError(f"module 'kvcore' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_SUBMODULES})
+    return sorted({*globals(), *_LAZY})

@@ -1,0 +1,365 @@
+"""The rules of dependency: which code may use which, and that names agree everywhere."""
+
+import ast
+import inspect
+import pathlib
+import re
+import sys
+
+import pytest
+import torch
+
+import kvcore
+import kvcore.reference
+
+ROOT = pathlib.Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+PYTHON = ROOT / "python" / "kvcore"
+SHARED = {"binding", "core", "host", "simt"}
+NATIVE_SUFFIXES = {".h", ".cpp", ".cu", ".cuh"}
+
+
+def relative(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def families():
+    return sorted(
+        folder.name for folder in CSRC.iterdir() if folder.is_dir() and folder.name not in SHARED
+    )
+
+
+def native_files():
+    return sorted(path for path in CSRC.rglob("*") if path.suffix in NATIVE_SUFFIXES)
+
+
+def code(path):
+    """The file without comments and string literals; line numbers stay."""
+    pattern = r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"'
+    keep_lines = lambda match: '""' if match[0][0] == '"' else "\n" * match[0].count("\n")  # noqa: E731
+    return re.sub(pattern, keep_lines, path.read_text(), flags=re.DOTALL)
+
+
+def includes(path):
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
+
+
+def owner(path):
+    """The folder of csrc that a file belongs to, or its own name for a file of csrc itself."""
+    return path.relative_to(CSRC).parts[0]
+
+
+def may_see_torch(path):
+    parts = path.relative_to(CSRC).parts
+    return (
+        parts == ("ops.cpp",)
+        or parts[0] == "binding"
+        or (len(parts) == 2 and re.fullmatch(r"op(_\w+)?\.(h|cpp)", parts[1]) is not None)
+        or parts[-1] == "register.cpp"
+    )
+
+
+def is_kernel(path):
+    """Code of a backend: everything under cpu/ and cuda/ but the registration."""
+    parts = path.relative_to(CSRC).parts
+    return len(parts) > 2 and parts[1] in ("cpu", "cuda") and path.name != "register.cpp"
+
+
+def kernel_files():
+    return [path for path in native_files() if is_kernel(path)]
+
+
+# ---- C++ and CUDA
+
+
+def test_the_tree_was_found():
+    assert "turbo" in families()
+    assert len(native_files()) > 10
+
+
+@pytest.mark.parametrize("path", native_files(), ids=relative)
+def test_torch_headers_only_in_ops_op_register_and_binding(path):
+    if not may_see_torch(path):
+        torch_headers = re.compile(r"(torch|ATen|c10|caffe2|binding)/")
+        assert [name for name in includes(path) if torch_headers.match(name)] == []
+
+
+@pytest.mark.parametrize("path", native_files(), ids=relative)
+def test_includes_follow_the_layers(path):
+    # host is a Python module beside the ops: it may read any family's layout.
+    allowed = {
+        "core": {"core"},
+        "simt": {"core", "simt"},
+        "binding": {"core", "binding"},
+        "host": {"core", "host", *families()},
+        "ops.cpp": set(),
+    }.get(owner(path), {"core", "binding", owner(path)})
+    ours = {name for name in includes(path) if name.split("/")[0] in {*SHARED, *families()}}
+    assert {name for name in ours if name.split("/")[0] not in allowed} == set()
+
+
+@pytest.mark.parametrize("path", kernel_files(), ids=relative)
+def test_kernels_do_not_see_their_ops(path):
+    family, backend = path.relative_to(CSRC).parts[:2]
+    for name in includes(path):
+        parts = name.split("/")
+        if parts[0] == family:
+            assert parts[1] in ("params.h", "layout.h", backend), name
+
+
+@pytest.mark.parametrize("path", native_files(), ids=relative)
+def test_launches_and_ptx_have_one_home(path):
+    text = code(path)
+    if relative(path) != "csrc/core/cuda/launch.cuh":
+        assert "<<<" not in text
+    if not relative(path).startswith("csrc/core/cuda/"):
+        assert re.search(r"\b(asm|__asm__)\b", text) is None
+
+
+@pytest.mark.parametrize("path", kernel_files(), ids=relative)
+def test_the_backend_is_chosen_by_folder(path):
+    directives = re.findall(r"^\s*#\s*(?:el)?if.*$", code(path), re.MULTILINE)
+    chosen = re.compile(r"__CUDA(CC|_ARCH)__|USE_CUDA|KVCORE_SIMT")
+    assert [line for line in directives if chosen.search(line)] == []
+
+
+@pytest.mark.parametrize("path", native_files(), ids=relative)
+def test_macros_carry_the_project_prefix(path):
+    for name in re.findall(r"^\s*#\s*define\s+(\w+)", code(path), re.MULTILINE):
+        assert re.match(r"(KV_CHECK|KVCORE)", name), name
+
+
+@pytest.mark.parametrize("family", families())
+def test_family_trees_have_the_same_shape(family):
+    files = {p.relative_to(CSRC / family).as_posix() for p in (CSRC / family).rglob("*.*")}
+    fixed = {"README.md", "layout.h", "params.h", "op.h", "cpu/register.cpp"}
+    if any(name.startswith("cuda/") for name in files):
+        fixed.add("cuda/register.cpp")
+    assert fixed - files == set()
+    free = [
+        r"op(_\w+)?\.cpp",
+        r"cpu/\w+\.(cpp|h)",
+        r"cuda/(sm90/)?\w+\.(cu|cuh|h|cpp)",
+        r"cuda/(sm90/)?instances/\w+\.cu",
+    ]
+    unknown = {f for f in files - fixed if not any(re.fullmatch(p, f) for p in free)}
+    assert unknown == set()
+
+
+@pytest.mark.parametrize("path", sorted(CSRC.glob("*/cpu/*_kernel.cpp")), ids=relative)
+def test_per_isa_sources_live_in_their_namespace(path):
+    namespaces = re.findall(r"^namespace\s+([\w:]+)\s*\{", code(path), re.MULTILINE)
+    assert namespaces[:1] == [f"kvcore::{owner(path)}::KVCORE_ISA"]
+
+
+# ---- Python
+
+
+def python_files():
+    return sorted(PYTHON.rglob("*.py"))
+
+
+def layer(path):
+    """The first folder below kvcore, or the module's own name."""
+    return path.relative_to(PYTHON).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """Absolute names of the imported modules, with whether the import runs with the module."""
+    module = path.relative_to(PYTHON.parent).with_suffix("").parts
+    tree = ast.parse(path.read_text())
+    inner = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module if path.name == "__init__.py" else module[:-1]
+                package = package[:-1] if path.name == "__init__.py" else package
+                base = ".".join([*package[: len(package) - node.level + 1], base]).rstrip(".")
+            # `from kvcore import cache` names a module, `from torch import Tensor` does not.
+            names = [f"{base}.{alias.name}" if base == "kvcore" else base for alias in node.names]
+        else:
+            continue
+        for name in names:
+            yield name, id(node) not in inner
+
+
+# What each layer of the package may import of kvcore; `cli` and `__init__` see everything.
+LAYERS = {
+    "_native": set(),
+    "ops": {"ops", "_native"},
+    "reference": {"reference"},
+    "cache": {"cache", "ops", "_native", "_C"},
+    "hf": {"hf", "cache", "ops", "_native"},
+    "eval": {"eval", "hf", "cache", "ops", "reference", "_native"},
+    "demo": {"demo", "eval", "hf", "cache", "ops", "_native"},
+}
+# Third-party packages beside torch, by layer. Only what the demo and the evaluation need.
+THIRD_PARTY = {
+    "cache": {"transformers"},
+    "hf": {"transformers"},
+    "eval": {"transformers", "safetensors"},
+    "demo": {"transformers", "safetensors"},
+    "cli": {"transformers", "safetensors"},
+}
+
+
+@pytest.mark.parametrize("path", python_files(), ids=relative)
+def test_python_layers(path):
+    if layer(path) not in LAYERS:
+        assert layer(path) in ("__init__", "__main__", "cli"), "a new layer: say what it may import"
+        return
+    used = {name.split(".")[1] for name, _ in imports(path) if name.startswith("kvcore.")}
+    assert used - LAYERS[layer(path)] == set()
+
+
+@pytest.mark.parametrize("path", python_files(), ids=relative)
+def test_third_party_imports(path):
+    known = {"kvcore", "torch", *THIRD_PARTY.get(layer(path), ())}
+    tops = {name.split(".")[0] for name, _ in imports(path)} - sys.stdlib_module_names
+    assert tops - known == set()
+
+
+@pytest.mark.parametrize("path", [PYTHON / "cli.py", PYTHON / "__init__.py"], ids=relative)
+def test_transformers_is_not_imported_with_the_package(path):
+    if path.exists():
+        assert [name for name, eager in imports(path) if eager and "transformers" in name] == []
+
+
+def test_relative_imports_are_resolved(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PYTHON", tmp_path / "kvcore")
+    path = tmp_path / "kvcore" / "cache" / "turbo.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("from ..hf import x\nfrom . import y\ndef f():\n    import transformers\n")
+    assert list(imports(path)) == [
+        ("kvcore.hf", True),
+        ("kvcore.cache", True),
+        ("transformers", False),
+    ]
+
+
+# ---- names
+
+
+def op_names():
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted({n.split("::")[1].split(".")[0] for n in names if n.startswith("kvcore::")})
+
+
+def schema_arguments(op):
+    return getattr(torch.ops.kvcore, op).default._schema.arguments
+
+
+def signature_of(function):
+    empty = inspect.Parameter.empty
+    result = []
+    for p in inspect.signature(function).parameters.values():
+        default = list(p.default) if isinstance(p.default, tuple) else p.default
+        # Schemas number the dtypes in the order of ScalarType; 6 is float.
+        default = 6 if default is torch.float32 else default
+        keyword_only = p.kind is inspect.Parameter.KEYWORD_ONLY
+        result.append((p.name, keyword_only, "required" if default is empty else default))
+    return result
+
+
+def signature_of_schema(op):
+    return [
+        (a.name, a.kwarg_only, a.default_value if a.has_default_value() else "required")
+        for a in schema_arguments(op)
+    ]
+
+
+def test_ops_were_found():
+    assert {"turbo_attention", "turbo_decode"} <= set(op_names())
+    assert set(op_names()) == set(kvcore.ops.__all__)
+
+
+@pytest.mark.parametrize("op", op_names())
+def test_tensors_are_positional_and_scalars_keyword_only(op):
+    for argument in schema_arguments(op):
+        is_tensor = "Tensor" in str(argument.type)
+        assert argument.kwarg_only == (not is_tensor), argument.name
+        assert argument.name != "mode", "opcheck breaks on an argument called mode"
+
+
+@pytest.mark.parametrize("op", op_names())
+def test_wrapper_agrees_with_schema(op):
+    assert getattr(kvcore, op) is getattr(kvcore.ops, op)
+    assert signature_of(getattr(kvcore, op)) == signature_of_schema(op)
+
+
+@pytest.mark.parametrize("op", op_names())
+def test_reference_agrees_with_schema(op):
+    reference = getattr(kvcore.reference, op.split("_")[0])
+    assert signature_of(getattr(reference, op)) == signature_of_schema(op)
+
+
+@pytest.mark.parametrize("op", op_names())
+def test_wrapper_documents_every_argument(op):
+    documented = re.findall(r"^ {8}((?:\w+, )*\w+):", getattr(kvcore, op).__doc__, re.MULTILINE)
+    documented = [name for names in documented for name in names.split(", ")]
+    assert documented == [a.name for a in schema_arguments(op)]
+
+
+# What an argument is called, or becomes, in the params structs; None: used up by op.cpp.
+PARAMS_NAMES = {
+    "pool": "slabs",
+    "check_values": None,
+    "dtype": None,
+    "k_bits": None,
+    "v_bits": None,
+    "sink_pages": None,
+}
+# Ops that run another op's kernels.
+PARAMS_OF = {"turbo_quantize": "AppendParams"}
+
+
+def struct_fields(family):
+    """Fields of the structs of params.h, fields of nested structs in their place."""
+    headers = [CSRC / "core" / "view.h", CSRC / family / "params.h"]
+    text = "".join(code(header) for header in headers)
+    structs = {}
+    for name, body in re.findall(r"struct (\w+) \{(.*?)\n\};", text, re.DOTALL):
+        fields = []
+        for kind, declared in re.findall(r"^ *(?:const )?(\w+)\*? ([^;()]+);", body, re.MULTILINE):
+            names = [n.strip(" *") for n in declared.split(",")]
+            nested = structs.get(kind, []) if kind not in ("InputView", "OutputView") else []
+            fields += nested if nested and "*" not in declared else names
+            fields += names if nested else []
+        structs[name] = fields
+    return structs
+
+
+@pytest.mark.parametrize("op", op_names())
+def test_params_agree_with_schema(op):
+    family, rest = op.split("_", 1)
+    name = PARAMS_OF.get(op, "".join(word.title() for word in rest.split("_")) + "Params")
+    fields = struct_fields(family)[name]
+    wanted = [PARAMS_NAMES.get(a.name, a.name) for a in schema_arguments(op)]
+    assert [field for field in wanted if field is not None and field not in fields] == []
+
+
+def test_python_constants_are_those_of_the_layout():
+    text = code(CSRC / "turbo" / "layout.h")
+    layout = dict(re.findall(r"constexpr int (k\w+) = (\d+);", text))
+    blocks = sys.modules["kvcore.reference.turbo.blocks"]
+    fake = sys.modules["kvcore.ops.fake"]
+    for module in (blocks, fake):
+        assert int(layout["kPageTokens"]) == module.PAGE_TOKENS
+    assert int(layout["kCodeMax"]) == blocks.CODE_MAX
+    assert int(layout["kHeaderBytes"]) == fake.HEADER_BYTES
+    assert int(layout["kTailSlots"]) == fake.TAIL_SLOTS
+
+
+def test_lint_versions_have_one_value():
+    pins = re.findall(r'"((?:ruff|clang-format)==[^"]+)"', (ROOT / "pyproject.toml").read_text())
+    hooks = re.findall(r'\["([^"]+)"\]', (ROOT / ".pre-commit-config.yaml").read_text())
+    assert len(pins) == 2
+    assert set(hooks) == set(pins)
