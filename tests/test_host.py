@@ -1,5 +1,6 @@
 """kvcore._C: the page allocator and the facts about the build."""
 
+import array
 import copy
 import os
 import pickle
@@ -112,6 +113,41 @@ def test_free_rejects_and_frees_nothing(entries, message):
         allocator.free(entries)
     assert allocator.num_used(4) == 3
     assert allocator.allocate(4, 1) == [3]
+
+
+def test_keep_frees_what_is_not_named():
+    allocator = PageAllocator()
+    allocator.add_slab(100, 4)
+    allocator.add_slab(3, 8)
+    allocator.allocate(4, 80)
+    allocator.allocate(8, 2)
+    allocator.keep(array.array("i", [70, 3, entry(1, 1), 3]))
+    assert (allocator.num_used(4), allocator.num_used(8)) == (2, 1)
+    assert allocator.allocate(4, 5) == [0, 1, 2, 4, 5]
+    assert allocator.allocate(8, 2) == [entry(1, 0), entry(1, 2)]
+    allocator.keep(array.array("i"))
+    assert (allocator.num_free(4), allocator.num_free(8)) == (100, 3)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([0, 3], r"keep: entries\[1\] must be of a block in use, got 3"),
+        ([0, 4], r"keep: entries\[1\] must be of a block in use, got 4"),
+        ([-1], r"keep: entries\[0\] must be of a block in use, got -1"),
+        ([0, 1, entry(1, 0)], r"keep: entries\[2\] must be of a block in use, got 2097152"),
+    ],
+)
+def test_keep_rejects_and_frees_nothing(entries, message):
+    allocator = PageAllocator()
+    allocator.add_slab(4, 4)
+    allocator.allocate(4, 3)
+    with pytest.raises(ValueError, match=message):
+        allocator.keep(array.array("i", entries))
+    assert allocator.num_used(4) == 3
+    for wrong in (array.array("q", [0]), memoryview(array.array("i", [0, 1, 2]))[::2]):
+        with pytest.raises(ValueError, match="entries must be a contiguous int32 vector"):
+            allocator.keep(wrong)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,15 @@ std::unique_ptr<PageAllocator> set_state(const py::tuple& state) {
   return std::make_unique<PageAllocator>(std::move(slabs));
 }
 
+void keep(PageAllocator& allocator, const py::buffer& entries) {
+  const py::buffer_info info = entries.request();
+  if (info.ndim != 1 || !info.item_type_is_equivalent_to<int32_t>() ||
+      info.strides[0] != sizeof(int32_t)) {
+    throw std::invalid_argument("PageAllocator.keep: entries must be a contiguous int32 vector");
+  }
+  allocator.keep({static_cast<const int32_t*>(info.ptr), static_cast<size_t>(info.size)});
+}
+
 void bind_page_allocator(py::module_& m) {
   py::register_exception<OutOfBlocks>(m, "OutOfBlocksError", PyExc_MemoryError);
   py::class_<PageAllocator> cls(m, "PageAllocator", R"(Which blocks of a store's slabs are in use.
@@ -122,6 +131,11 @@ when 1024 slabs exist.)")
 Raises OutOfBlocksError, a MemoryError, when there are fewer.)")
       .def("free", &PageAllocator::free, py::arg("entries"),
            R"(Returns blocks. Raises ValueError naming the first entry that is not in use.)")
+      .def("keep", &keep, py::arg("entries"),
+           R"(Frees every block that is not among ``entries``, a contiguous buffer of int32.
+
+An entry may repeat, as it does in a block table whose rows share blocks. Raises ValueError naming
+the first entry that is not of a block in use.)")
       .def(
           "num_free",
           [](const PageAllocator& self, int64_t bits) {

@@ -141,6 +141,31 @@ void PageAllocator::free(const std::vector<int64_t>& entries) {
   }
 }
 
+void PageAllocator::keep(std::span<const int32_t> entries) {
+  const std::lock_guard lock(mutex_);
+  std::vector<std::vector<uint64_t>> kept;
+  kept.reserve(slabs_.size());
+  for (const Slab& slab : slabs_) kept.emplace_back(slab.used.size());
+  for (size_t i = 0; i < entries.size(); ++i) {
+    const int32_t entry = entries[i];
+    const auto s = entry < 0 ? slabs_.size() : static_cast<size_t>(turbo::entry_slab(entry));
+    const int64_t index = turbo::entry_index(entry);
+    const auto word = static_cast<size_t>(index / kWordBits);
+    const uint64_t bit = uint64_t{1} << (index % kWordBits);
+    if (s >= slabs_.size() || index >= slabs_[s].num_blocks || (slabs_[s].used[word] & bit) == 0) {
+      throw bad_argument("keep", ("entries[" + std::to_string(i) + "]").c_str(),
+                         "of a block in use", std::to_string(entry));
+    }
+    kept[s][word] |= bit;
+  }
+  for (size_t s = 0; s < slabs_.size(); ++s) {
+    slabs_[s].used = std::move(kept[s]);
+    slabs_[s].num_used = 0;
+    slabs_[s].first_free_word = 0;
+    for (const uint64_t word : slabs_[s].used) slabs_[s].num_used += std::popcount(word);
+  }
+}
+
 WidthStats PageAllocator::stats(int64_t bits) const {
   check_bits("stats", bits);
   const std::lock_guard lock(mutex_);

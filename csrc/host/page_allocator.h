@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <mutex>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -46,6 +47,11 @@ class PageAllocator {
   // Throws std::invalid_argument at the first entry that names no block, or a block not in use (an
   // entry given twice included).
   void free(const std::vector<int64_t>& entries);
+
+  // Frees every block that is not among the entries, which may repeat: a block table says which
+  // blocks are in use, however many rows share one. Throws std::invalid_argument at the first
+  // entry that names no block or a block not in use.
+  void keep(std::span<const int32_t> entries);
 
   WidthStats stats(int64_t bits) const;
   std::vector<SlabState> state() const;
