@@ -203,7 +203,8 @@ LAYERS = {
 }
 # Third-party packages beside torch, by layer. Only what the demo and the evaluation need.
 THIRD_PARTY = {
-    "cache": {"transformers"},
+    # transformers requires the other two.
+    "cache": {"numpy", "safetensors", "transformers"},
     "hf": {"transformers"},
     "eval": {"transformers", "safetensors"},
     "demo": {"transformers", "safetensors"},

@@ -1,0 +1,32 @@
+"""Hugging Face caches that keep K and V quantized. transformers is imported on first use."""
+
+from __future__ import annotations
+
+import importlib
+
+_HOMES = {
+    "TurboCache": "kvcore.cache.turbo_cache",
+    "TurboLayer": "kvcore.cache.turbo_layer",
+    "TurboSettings": "kvcore.cache.settings",
+    "TurboStore": "kvcore.cache.store",
+}
+__all__ = ["TurboCache", "TurboLayer", "TurboSettings", "TurboStore"]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvcore.cache' has no attribute '{name}'")
+    try:
+        module = importlib.import_module(_HOMES[name])
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise ImportError(
+            f"kvcore.cache.{name} needs transformers >= 5.0, which is not installed; "
+            "run `pip install 'transformers>=5.0'`"
+        ) from error
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

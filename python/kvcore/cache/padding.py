@@ -1,0 +1,118 @@
+"""Which tokens are padding, and whether a mask says no more than that."""
+
+from __future__ import annotations
+
+import weakref
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class PaddingTracker:
+    """The attention mask of the running forward pass, shared by the layers of one cache.
+
+    ``Cache.update`` is not told about padding. ``kvcore.hf.enable`` hooks the model and announces
+    its mask here before any layer is updated; it is used only if its width is that of the tokens
+    seen, so a mask that was left over, or means something else, is ignored. What attention does is
+    never decided here alone: the mask it is given is compared by :meth:`is_plain`.
+    """
+
+    def __init__(self) -> None:
+        self._announced: Tensor | None = None
+        self._lead: tuple[tuple[int, int, int], np.ndarray | None] | None = None
+        self._verdict: tuple | None = None
+
+    def announce(self, attention_mask: object) -> None:
+        """Takes the mask of a forward pass: ``[batch, tokens]``, ``[batch, 1, q_len, tokens]``, a
+        dict of the latter by layer type, or None."""
+        if isinstance(attention_mask, dict):
+            attention_mask = attention_mask.get("full_attention")
+        self._announced = attention_mask if isinstance(attention_mask, Tensor) else None
+        self._lead = None
+
+    def new_padding(self, batch: int, seen: int, num_new: int, padding: np.ndarray):
+        """Leading padding among ``num_new`` tokens that follow ``seen`` ones.
+
+        Args:
+            batch: sequences.
+            seen: tokens so far, padding counted.
+            num_new: tokens that come now.
+            padding: int64 ``[batch]``, padding so far.
+
+        Returns:
+            int64 ``[batch]``, or None if there is none or nothing is known.
+        """
+        # Only a sequence without tokens can begin with padding: decode steps end here.
+        if self._announced is None or (seen and not (padding == seen).any()):
+            return None
+        key = (batch, seen, num_new)
+        if self._lead is None or self._lead[0] != key:
+            self._lead = (key, self._leading_padding(batch, seen + num_new))
+        lead = self._lead[1]
+        if lead is None:
+            return None
+        new = np.where(padding == seen, np.clip(lead - seen, 0, num_new), 0)
+        return new if new.any() else None
+
+    def _leading_padding(self, batch: int, num_tokens: int) -> np.ndarray | None:
+        mask = self._announced
+        if mask.ndim == 4:
+            # The newest query sees every token that is not padding.
+            mask = mask[:, 0, -1, :num_tokens]
+            shown = mask if mask.dtype == torch.bool else mask == 0
+        else:
+            shown = mask != 0
+        if tuple(shown.shape) != (batch, num_tokens):
+            return None
+        first = torch.where(shown.any(-1), shown.int().argmax(-1), num_tokens)
+        return first.cpu().numpy().astype(np.int64)
+
+    def is_plain(
+        self, mask: Tensor, q_len: int, num_tokens: int, padding: np.ndarray, causal: bool
+    ) -> bool:
+        """Whether a mask hides exactly the future and the padding that is not stored.
+
+        The answer is kept for the other layers of the same forward pass.
+
+        Args:
+            mask: ``[batch or 1, heads or 1, q_len, at least num_tokens]``, bool (True is shown) or
+                additive (0 is shown).
+            q_len: queries; they are the newest tokens.
+            num_tokens: keys, padding counted.
+            padding: int64 ``[batch]``.
+            causal: False if queries see later tokens too.
+        """
+        key = (mask._version, q_len, num_tokens, padding.tobytes(), causal)
+        if self._verdict is not None and self._verdict[0]() is mask and self._verdict[1] == key:
+            return self._verdict[2]
+        plain = _is_plain(mask, q_len, num_tokens, padding, causal)
+        self._verdict = (weakref.ref(mask), key, plain)
+        return plain
+
+
+def _is_plain(mask: Tensor, q_len: int, num_tokens: int, padding: np.ndarray, causal: bool) -> bool:
+    batch = len(padding)
+    if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[2] != q_len:
+        return False
+    if mask.shape[3] < num_tokens:
+        return False
+    mask = mask[..., :num_tokens]
+    if mask.dtype == torch.bool:
+        shown = mask
+    elif mask.dtype.is_floating_point:
+        shown = mask == 0
+        # Anything between shown and hidden is a bias.
+        if not (shown | (mask <= torch.finfo(mask.dtype).min / 2)).all():
+            return False
+    else:
+        return False
+    keys = torch.arange(num_tokens, device=mask.device)
+    rows = keys[num_tokens - q_len :]
+    left = torch.from_numpy(padding).to(mask.device)[:, None, None]
+    expected = keys >= left
+    if causal:
+        expected = expected & (keys <= rows[:, None])
+    # What a padding token sees is of no use to anyone; libraries differ about it.
+    is_padding = rows[:, None] < left
+    return bool(((shown == expected[:, None]) | is_padding[:, None]).all())

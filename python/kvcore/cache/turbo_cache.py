@@ -1,0 +1,145 @@
+"""A Hugging Face cache whose full-attention layers are quantized."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from kvcore.cache import compat, reasons, report
+from kvcore.cache.padding import PaddingTracker
+from kvcore.cache.settings import HEAD_DIMS, TurboSettings, check_bits
+from kvcore.cache.turbo_layer import TurboLayer
+
+
+class TurboCache(DynamicCache):
+    """K and V of a model in 8, 4 or 2 bits (TurboAttention, arXiv 2412.08585).
+
+    Pass it to ``generate`` or ``forward`` as ``past_key_values``, and call
+    :func:`kvcore.hf.enable` on the model: without it every step rebuilds K and V, which is right
+    but slow. transformers lays out the layers; each plain full-attention layer becomes a
+    :class:`TurboLayer`. Linear-attention and sliding-window layers stay what they are, and so does
+    a layer whose head_dim has no kernel.
+
+    Args:
+        config: the model's configuration.
+        k_bits: width of K, 8, 4 or 2; one for all layers or one for each layer of the model.
+        v_bits: likewise for V.
+        sink_pages: leading pages of 64 tokens that keep 8 bits.
+        low_bit_heads: fraction of the kv heads of a layer that take 2 bits, chosen for K and for V
+            by their priority (equation 12) when the layer is calibrated.
+        balance: scale K's channels apart, so that an outlier channel does not take the whole range.
+        subtract_mean: take K's channel means out before quantizing.
+        tail_margin: headroom of the scale under which new tokens are buffered, at least 1.
+        sas_threshold: scores this far below a row's maximum count as zero; None is exact.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        *,
+        k_bits: int | Sequence[int] = 4,
+        v_bits: int | Sequence[int] = 4,
+        sink_pages: int = 1,
+        low_bit_heads: float = 0.0,
+        balance: bool = True,
+        subtract_mean: bool = True,
+        tail_margin: float = 1.25,
+        sas_threshold: float | None = -10.0,
+    ) -> None:
+        if not isinstance(config, PretrainedConfig):
+            kind = type(config).__name__
+            raise ValueError(f"TurboCache: config must be the model's configuration, got {kind}")
+        text_config = config.get_text_config(decoder=True)
+        super().__init__(config=text_config)
+        self.settings = TurboSettings(
+            sink_pages=sink_pages,
+            low_bit_heads=low_bit_heads,
+            balance=balance,
+            subtract_mean=subtract_mean,
+            tail_margin=tail_margin,
+            sas_threshold=sas_threshold,
+            rotary_dim=_rotary_dim(text_config),
+        )
+        k_bits = _per_layer("k_bits", k_bits, len(self.layers))
+        v_bits = _per_layer("v_bits", v_bits, len(self.layers))
+        self.tracker = PaddingTracker()
+        head_dim = _head_dim(text_config)
+        for i, layer in enumerate(self.layers):
+            # Subclasses hold more than K and V, or not all of it.
+            if type(layer) is not DynamicLayer:
+                continue
+            if head_dim not in HEAD_DIMS:
+                supported = ", ".join(map(str, HEAD_DIMS))
+                reasons.record(
+                    "unsupported head_dim",
+                    f"got {head_dim}, supported are {supported}; layers are cached exactly",
+                )
+                break
+            settings = dataclasses.replace(self.settings, k_bits=k_bits[i], v_bits=v_bits[i])
+            self.layers[i] = TurboLayer(settings, self.tracker, i)
+
+    def turbo_layers(self) -> list[TurboLayer]:
+        """The layers that are quantized."""
+        return [layer for layer in self.layers if isinstance(layer, TurboLayer)]
+
+    def announce(self, attention_mask: Tensor | dict[str, Tensor] | None) -> None:
+        """Tells the cache which of the tokens of the next updates are padding.
+
+        :func:`kvcore.hf.enable` does this. Leading padding of a sequence is then not stored.
+
+        Args:
+            attention_mask: ``[batch, tokens]`` over all tokens including the new ones, nonzero for
+                a real one; or the mask made of it, ``[batch, 1, q_len, tokens]``; or None.
+        """
+        self.tracker.announce(attention_mask)
+
+    def nbytes(self) -> int:
+        """Bytes of the memory behind every tensor of the cache, linear-attention states too."""
+        return self.memory_report()["nbytes"]
+
+    def memory_report(self) -> dict:
+        """What the cache holds, per layer and in total; see :func:`kvcore.cache.report.report`."""
+        return report.report(self.layers)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each sequence ``repeats`` times, in place of it."""
+        for layer in self.layers:
+            compat.repeat_layer(layer, repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the sequences ``indices``, int64 or bool ``[batch]``, in that order."""
+        for layer in self.layers:
+            compat.select_layer(layer, indices)
+
+
+def _per_layer(name: str, bits: int | Sequence[int], num_layers: int) -> list[int]:
+    if not isinstance(bits, Sequence):
+        return [check_bits(name, bits)] * num_layers
+    if len(bits) != num_layers:
+        raise ValueError(
+            f"TurboCache: {name} must have one entry for each of the {num_layers} "
+            f"layers, got {len(bits)}"
+        )
+    return [check_bits(f"{name}[{i}]", width) for i, width in enumerate(bits)]
+
+
+def _head_dim(config: PretrainedConfig) -> int:
+    head_dim = getattr(config, "head_dim", None)
+    return head_dim or config.hidden_size // config.num_attention_heads
+
+
+def _rotary_dim(config: PretrainedConfig) -> int:
+    """Channels under the rotary embedding; -1 for all of them."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)  # models with several kinds of attention nest it
+    share = rope.get("partial_rotary_factor")
+    share = share or getattr(config, "partial_rotary_factor", None) or 1.0
+    rotary_dim = int(_head_dim(config) * share)
+    return -1 if share == 1.0 or rotary_dim % 2 else rotary_dim

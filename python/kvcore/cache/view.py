@@ -1,0 +1,89 @@
+"""What a compressed layer returns as K and V: tensors that are built only if someone reads them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+if TYPE_CHECKING:
+    from kvcore.cache.turbo_layer import TurboLayer
+
+
+class Snapshot:
+    """A layer as it was when it was read: its first ``num_tokens`` tokens of one state.
+
+    Appending leaves those tokens in place, so the snapshot stays readable; anything else that
+    changes the layer (crop, reorder, select, repeat, reset) ends it.
+    """
+
+    __slots__ = ("_tensors", "epoch", "layer", "num_tokens")
+
+    def __init__(self, layer: TurboLayer) -> None:
+        self.layer = layer
+        self.num_tokens = layer.store.num_tokens
+        self.epoch = layer.epoch
+        self._tensors: list[Tensor] | None = None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the layer holds these tokens and no others."""
+        return self.epoch == self.layer.epoch and self.num_tokens == self.layer.store.num_tokens
+
+    def materialize(self, kv_idx: int) -> Tensor:
+        """K (0) or V (1), ``[batch, kv_heads, num_tokens, head_dim]``; padding is zero."""
+        if self.epoch != self.layer.epoch:
+            raise RuntimeError(
+                "kvcore: these keys and values were read from the cache before it was cropped, "
+                "reordered, selected from or reset; call update() again to read it"
+            )
+        if self._tensors is None:
+            # K is always read with V: one pass builds both. They live as long as the view does.
+            tensors = self.layer.dequantize()
+            self._tensors = [tensor[:, :, : self.num_tokens] for tensor in tensors]
+        return self._tensors[kv_idx]
+
+
+class LazyKV(Tensor):
+    """K or V of a snapshot. kvcore's attention reads the store; any other op, the rebuilt tensor.
+
+    So a model that runs another attention function over a compressed cache is slow, never wrong.
+    """
+
+    snapshot: Snapshot
+    kv_idx: int
+
+    @staticmethod
+    def __new__(cls, snapshot: Snapshot, kv_idx: int) -> LazyKV:
+        layer, store = snapshot.layer, snapshot.layer.store
+        shape = (store.batch, store.kv_heads, snapshot.num_tokens, store.head_dim)
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=layer.dtype, device=layer.device)
+        self.snapshot = snapshot
+        self.kv_idx = kv_idx
+        return self
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def materialize(self) -> Tensor:
+        """The tensor, ``[batch, kv_heads, num_tokens, head_dim]``."""
+        return self.snapshot.materialize(self.kv_idx)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for i, argument in enumerate(func._schema.arguments):
+                value = args[i] if i < len(args) else kwargs.get(argument.name)
+                if argument.is_write and isinstance(value, cls):
+                    raise RuntimeError(
+                        f"kvcore: {func} would change keys or values inside a compressed cache, "
+                        "which are read-only; clone() them first"
+                    )
+        args = tree_map_only(cls, cls.materialize, args)
+        return func(*args, **tree_map_only(cls, cls.materialize, kwargs))
+
+    def __repr__(self, *, tensor_contents=None) -> str:
+        name = "KV"[self.kv_idx]
+        return f"LazyKV({name}, shape={tuple(self.shape)}, dtype={self.dtype})"
