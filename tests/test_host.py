@@ -17,6 +17,8 @@ import kvcore
 from kvcore import _C
 from kvcore._C import OutOfBlocksError, PageAllocator
 
+pytestmark = pytest.mark.asan
+
 SLAB_INDEX_BITS = 21
 WIDTHS = (8, 4, 2)
 
