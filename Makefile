@@ -97,7 +97,7 @@ format: $(STAMP)/lint
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 audit: build $(STAMP)/audit
-	$(VENV)/bin/torch-abi-audit --check torch python/kvcore/kvcore_cpu.so
+	$(VENV)/bin/torch-abi-audit --check torch $(wildcard python/kvcore/kvcore_*.so)
 
 bench: build
 	$(PY) bench/run.py $(BENCH_ARGS)

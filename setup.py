@@ -39,6 +39,7 @@ class CMakeBuild(build_ext):
             "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DTORCH_DIR={torch_dir()}",
+            "-DCMAKE_INSTALL_MESSAGE=LAZY",
             f"-DKVCORE_VERSION={self.distribution.get_version()}",
         ]
         # Stated on every call: a path cached by an isolated build is gone with its environment.
@@ -46,7 +47,9 @@ class CMakeBuild(build_ext):
             args.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
         args += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
-        subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(build), *args])
+        level = "STATUS" if self.verbose else "NOTICE"
+        configure = ["cmake", f"--log-level={level}", "-S", str(ROOT), "-B", str(build), *args]
+        subprocess.check_call(configure)
         subprocess.check_call(["cmake", "--build", str(build), "-j", jobs])
         subprocess.check_call(["cmake", "--install", str(build), "--prefix", str(prefix.resolve())])
 

@@ -282,6 +282,8 @@ def test_build_info():
     assert info["isa_levels"][0] == "scalar"
     assert info["cxx_standard"] == 20
     assert isinstance(info["cuda_archs"], list)
+    # `make asan` must run what it built, not the normal libraries.
+    assert info["sanitized"] == ("libasan" in os.environ.get("LD_PRELOAD", ""))
 
 
 def cpu_isa(level):
