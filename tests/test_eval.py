@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from kvcore import eval as kv_eval
 
 transformers = pytest.importorskip("transformers")

@@ -258,6 +258,16 @@ class AllocatorMachine(RuleBasedStateMachine):
         with pytest.raises(ValueError, match="must be of a block"):
             self.allocator.free([*good, bad])
 
+    @rule(data=st.data())
+    def keep_some(self, data):
+        in_use = sorted(set().union(*self.used.values()))
+        entries = data.draw(st.lists(st.sampled_from(in_use))) if in_use else []
+        self.allocator.keep(array.array("i", entries))
+        for bits in WIDTHS:
+            freed = self.used[bits] - set(entries)
+            self.used[bits] -= freed
+            self.free[bits] |= freed
+
     @rule()
     def clone(self):
         self.allocator = copy.deepcopy(self.allocator)

@@ -60,9 +60,10 @@ def may_see_torch(path):
 
 
 def is_kernel(path):
-    """Code of a backend: everything under cpu/ and cuda/ but the registration."""
+    """Code of a family's backend: everything under cpu/ and cuda/ but the registration."""
     parts = path.relative_to(CSRC).parts
-    return len(parts) > 2 and parts[1] in ("cpu", "cuda") and path.name != "register.cpp"
+    backend = parts[0] in families() and parts[1] in ("cpu", "cuda")
+    return backend and path.name != "register.cpp"
 
 
 def kernel_files():
