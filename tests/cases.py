@@ -5,11 +5,12 @@ import itertools
 import pathlib
 import types
 
-import kvcore
 import pytest
 import torch
-from kvcore.reference import turbo as turbo_reference
 from torch import Tensor
+
+import kvcore
+from kvcore.reference import turbo as turbo_reference
 
 HEAD_DIMS = (64, 96, 128, 256)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -2,14 +2,15 @@
 
 import math
 
-import cases
 import pytest
 import torch
+from torch.nn import functional as F
+
+import cases
 from compare import assert_bitwise_equal, assert_close, assert_same_attention, relative_l2
 from kvcore.reference import exact_attention, turbo
 from kvcore.reference.turbo import blocks
 from kvcore.reference.turbo.attention import sas
-from torch.nn import functional as F
 
 # ---- exact attention
 

@@ -20,10 +20,10 @@
 
 namespace kvcore::turbo {
 
-constexpr int kPageTokens = 64;    // tokens in a page = tokens that share a scale (Bc and n_b of the paper)
-constexpr int kCodeMax = 119;      // largest stage-1 code; 2 * 119 * 119 fits vpmaddubsw's int16 sum
-constexpr int kInterleave = 4;     // codes of one dword
-constexpr int kChunk = 32;         // contracted elements of one mma.m16n8k32 step
+constexpr int kPageTokens = 64;  // tokens of a page share a scale (Bc and n_b of the paper)
+constexpr int kCodeMax = 119;    // largest stage-1 code; 2 * 119 * 119 fits vpmaddubsw's int16 sum
+constexpr int kInterleave = 4;   // codes of one dword
+constexpr int kChunk = 32;       // contracted elements of one mma.m16n8k32 step
 constexpr int kMaxHeadDim = 256;
 
 struct BlockHeader {
@@ -35,7 +35,9 @@ constexpr int kHeaderBytes = 64;
 static_assert(sizeof(BlockHeader) == kHeaderBytes);
 
 /// Bytes of the codes of a block.
-constexpr int64_t code_bytes(int bits, int64_t head_dim) { return kPageTokens * head_dim * bits / 8; }
+constexpr int64_t code_bytes(int bits, int64_t head_dim) {
+  return kPageTokens * head_dim * bits / 8;
+}
 
 /// Offset of the codes inside a block.
 constexpr int64_t code_offset(int bits, int64_t head_dim) {

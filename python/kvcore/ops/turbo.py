@@ -2,8 +2,8 @@
 
 Glossary: ``batch``; ``q_heads`` is a multiple of ``kv_heads``; ``head_dim`` is 64, 96, 128 or 256;
 a page is 64 tokens of one sequence. The *store* of one layer is the tuple of tensors
-``(pool, block_table, tail, seq_lens)`` described in ``csrc/turbo/README.md``; inputs are fp32, fp16 or
-bf16 with any strides. Errors are ``RuntimeError``; their text is ``<op>: <argument> must be
+``(pool, block_table, tail, seq_lens)`` described in ``csrc/turbo/README.md``; inputs are fp32,
+fp16 or bf16 with any strides. Errors are ``RuntimeError``; their text is ``<op>: <argument> must be
 <expected>, got <actual>``, and a rejected call changes nothing. On CPU tensors, values inside
 index tensors are always checked; on devices ``check_values=True`` synchronises and checks.
 """
@@ -49,7 +49,8 @@ def turbo_attention(
         check_values: on devices, synchronise and check the values of index tensors.
 
     Returns:
-        ``out`` with shape and dtype of q, and ``lse`` fp32 ``[batch, q_heads, q_len]``, natural log.
+        ``out`` with shape and dtype of q, and ``lse`` fp32 ``[batch, q_heads, q_len]``, natural
+        log.
         A row that attends no key gives 0 and -inf.
     """
     return _ops.turbo_attention(
@@ -108,8 +109,8 @@ def turbo_head_priority(
 ) -> Tensor:
     """Sensitivity of each head to quantization, ``gap * std`` (equation 12 of the paper).
 
-    ``gap`` is max - min over all channels and tokens, ``std`` the population standard deviation of the
-    channels' own gaps. Heads with the lowest priority take the fewest bits; rank K and V apart.
+    ``gap`` is max - min over all channels and tokens, ``std`` the population standard deviation of
+    the channels' own gaps. Heads with the lowest priority take the fewest bits; rank K and V apart.
 
     Args:
         x: ``[batch, heads, tokens, head_dim]``, K or V.
@@ -150,9 +151,10 @@ def turbo_quantize(
         check_values: on devices, synchronise and check left_padding.
 
     Returns:
-        ``pool8, pool4, pool2`` uint8 ``[blocks, block_bytes]``, of which the non-empty ones, in this
-        order, form ``pool``; ``block_table`` int32 ``[batch, 2, kv_heads, pages]``; ``tail`` uint8;
-        ``tail_scale`` fp32 and ``clamp_count`` int64 ``[batch, 2, kv_heads]``; ``seq_lens`` int32 ``[batch]``.
+        ``pool8, pool4, pool2`` uint8 ``[blocks, block_bytes]``, of which the non-empty ones, in
+        this order, form ``pool``; ``block_table`` int32 ``[batch, 2, kv_heads, pages]``; ``tail``
+        uint8; ``tail_scale`` fp32 and ``clamp_count`` int64 ``[batch, 2, kv_heads]``; ``seq_lens``
+        int32 ``[batch]``.
     """
     return _ops.turbo_quantize(
         k,
@@ -325,7 +327,8 @@ def turbo_decode(
         check_values: on devices, synchronise and check the values of index tensors.
 
     Returns:
-        ``out`` with shape and dtype of q, and ``lse`` fp32 ``[batch, q_heads, q_len]``, natural log.
+        ``out`` with shape and dtype of q, and ``lse`` fp32 ``[batch, q_heads, q_len]``, natural
+        log.
     """
     return _ops.turbo_decode(
         q,
