@@ -6,8 +6,8 @@ TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.23.0
 MAX_JOBS ?= $(shell nproc)
 PYTEST_ARGS ?=
-# Pytest runs as many processes as there are processors, hence one thread each.
-PYTEST_WORKERS ?= $(shell nproc)
+# Processes of pytest; each takes one thread and a few hundred MB for torch.
+PYTEST_WORKERS ?= 2
 ISA_LEVELS ?= scalar avx2 avx512
 
 .PHONY: help build test demo isa asan lint format audit bench clean

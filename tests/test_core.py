@@ -149,3 +149,12 @@ def test_parallel_tasks_passes_the_exception_on(core, num_threads):
     counts, busy = torch.zeros(num_threads, 50, dtype=torch.int64), torch.zeros(num_threads).long()
     with pytest.raises(RuntimeError, match="task 20 failed"):
         core.count_tasks(counts, busy, 20)
+
+
+def test_poisoned_memory_reaches_allocations_in_cpp(core, poisoned_memory):
+    assert core.unwritten(X).isnan().all()
+    assert (core.unwritten(X.to(torch.int8)) == 127).all()
+
+
+def test_poisoned_memory_ends_with_the_test():
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -71,6 +71,8 @@ void count_tasks(const Tensor& counts, const Tensor& busy, int64_t fail_at) {
   });
 }
 
+Tensor unwritten(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
+
 int64_t max_workers(int64_t tasks) { return kvcore::max_workers(tasks); }
 
 }  // namespace
@@ -89,6 +91,7 @@ STABLE_TORCH_LIBRARY(kvcore_test, m) {
   m.def("dispatch_bytes(Tensor x) -> int");
   m.def("count_range(Tensor(a!) counts, int grain, int fail_at) -> ()");
   m.def("count_tasks(Tensor(a!) counts, Tensor(b!) busy, int fail_at) -> ()");
+  m.def("unwritten(Tensor x) -> Tensor");
   m.def("max_workers(int tasks) -> int");
 }
 
@@ -106,5 +109,6 @@ STABLE_TORCH_LIBRARY_IMPL(kvcore_test, CompositeExplicitAutograd, m) {
   m.impl("dispatch_bytes", TORCH_BOX(&dispatch_bytes));
   m.impl("count_range", TORCH_BOX(&count_range));
   m.impl("count_tasks", TORCH_BOX(&count_tasks));
+  m.impl("unwritten", TORCH_BOX(&unwritten));
   m.impl("max_workers", TORCH_BOX(&max_workers));
 }
