@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.23.0
 MAX_JOBS ?= $(shell nproc)
 PYTEST_ARGS ?=
-# Processes of pytest; each takes one thread and a few hundred MB for torch.
+# Processes of pytest; each takes one thread and imports torch.
 PYTEST_WORKERS ?= 2
 ISA_LEVELS ?= scalar avx2 avx512
 
