@@ -75,15 +75,18 @@ isa: build
 
 # The sanitized build lives beside the normal one. The runtimes are preloaded because Python is not
 # linked with them, libstdc++ because they must find __cxa_throw when they start. Python itself
-# leaks by design.
-ASAN_DIR := build/asan
+# leaks by design. Reports go to files: pytest's capture would lose them when the process aborts.
+ASAN_DIR := $(CURDIR)/build/asan
 asan_runtime = $(shell c++ -print-file-name=$(1))
 asan: $(INSTALL_STAMP)
 	KVCORE_BUILD_DIR=$(ASAN_DIR)/cmake CMAKE_ARGS="$$CMAKE_ARGS -DKVCORE_SANITIZE=ON -DKVCORE_CUDA=OFF" \
 	  $(PY) setup.py --quiet build --build-base $(ASAN_DIR) --build-lib $(ASAN_DIR)/lib
-	PYTHONPATH=$(ASAN_DIR)/lib ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	@rm -f $(ASAN_DIR)/report.*
+	PYTHONPATH=$(ASAN_DIR)/lib \
+	  ASAN_OPTIONS=detect_leaks=0:log_path=$(ASAN_DIR)/report \
+	  UBSAN_OPTIONS=print_stacktrace=1:log_path=$(ASAN_DIR)/report \
 	  LD_PRELOAD="$(foreach l,libasan.so libubsan.so libstdc++.so,$(call asan_runtime,$(l)))" \
-	  $(RUN_TESTS) -m asan $(PYTEST_ARGS)
+	  $(RUN_TESTS) -m asan $(PYTEST_ARGS) || { cat $(ASAN_DIR)/report.* 2>/dev/null; exit 1; }
 
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 lint: $(STAMP)/lint
