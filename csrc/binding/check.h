@@ -39,6 +39,10 @@ std::string format_shape(const Sizes& sizes) {
   return out.str();
 }
 
+inline std::string format_shape(std::initializer_list<int64_t> sizes) {
+  return format_shape<std::initializer_list<int64_t>>(sizes);
+}
+
 inline std::string format_shape(const Tensor& tensor) { return format_shape(tensor.sizes()); }
 
 // The name that Python prints, without "torch.".

@@ -1,4 +1,5 @@
-// One plain struct per op: what a backend gets after op_*.cpp has checked everything.
+// One plain struct per op: what a backend gets after op_*.cpp has checked everything; at the end,
+// the functions that get them.
 //
 // Dimensions: batch, q_heads, kv_heads (divides q_heads), q_len, kv_len, head_dim. A pointer is
 // followed by its shape; every array is contiguous unless it is a view; "may be null" is said.
@@ -102,8 +103,7 @@ struct AttentionParams {
   InputView q;     // [batch, q_heads, q_len, head_dim]
   InputView k, v;  // [batch, kv_heads, kv_len, head_dim]
   int64_t batch, q_heads, kv_heads, q_len, kv_len, head_dim;
-  const int32_t*
-      cu_seqlens_q;  // [num_seqs + 1], may be null; then batch is 1 and tokens are packed
+  const int32_t* cu_seqlens_q;  // [num_seqs + 1], may be null; with it batch is 1, tokens packed
   const int32_t* cu_seqlens_k;  // [num_seqs + 1], null exactly when cu_seqlens_q is
   int64_t num_seqs;
   Calibration calibration;  // per batch entry; with cu_seqlens one for all sequences
@@ -112,4 +112,20 @@ struct AttentionParams {
   float* lse;      // [batch, q_heads, q_len]
 };
 
+/// What each library (kvcore_cpu, kvcore_cuda, kvcore_simt) defines for itself.
+namespace backend {
+
+/// True if op_*.cpp may look at the values of index tensors for nothing; then they are always
+/// checked. Otherwise a look costs a copy and a synchronisation, and only check_values pays it.
+extern const bool kHostReadsValues;
+
+void attention(const AttentionParams& params);
+void calibrate(const CalibrateParams& params);
+void head_priority(const HeadPriorityParams& params);
+void append(const AppendParams& params);
+void rewind(const RewindParams& params);
+void dequantize(const DequantizeParams& params);
+void decode(const DecodeParams& params);
+
+}  // namespace backend
 }  // namespace kvcore::turbo

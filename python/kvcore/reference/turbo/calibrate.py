@@ -46,8 +46,9 @@ def turbo_calibrate(
         amax = torch.cat([pair, pair, amax[:, 2 * half :]], 1)
         largest = amax.amax(1, keepdim=True)
         if balance:
-            root = (amax / largest).sqrt()
-            k_balance[b] = torch.where(largest > 0, (root * root.sqrt()).clamp_min(MIN_BALANCE), 1)
+            root = _sqrt(amax / largest)
+            power = (root * _sqrt(root)).clamp_min(MIN_BALANCE)
+            k_balance[b] = torch.where(largest > 0, power, 1)
     return k_balance, k_mean
 
 
@@ -71,6 +72,11 @@ def turbo_head_priority(
 
 def _padding(left_padding: Tensor | None, batch: int) -> list[int]:
     return [0] * batch if left_padding is None else left_padding.tolist()
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded, which torch's fp32 square root on the CPU is not."""
+    return x.double().sqrt().float()
 
 
 def _mean(x: Tensor) -> Tensor:

@@ -1,0 +1,338 @@
+// The ops of the store: check arguments, allocate outputs, fill params, call the backend.
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "turbo/op.h"
+
+namespace kvcore::turbo {
+namespace {
+
+using binding::data;
+using binding::input_view;
+using binding::mutable_data;
+using binding::output_view;
+using torch::stable::new_empty;
+using torch::stable::new_zeros;
+
+constexpr int kWidths[] = {8, 4, 2};  // in the order of pool8, pool4, pool2
+
+float check_tail_margin(const char* op, double tail_margin) {
+  const float margin = static_cast<float>(tail_margin);
+  // Negated, so that NaN is rejected.
+  KV_CHECK(tail_margin >= 1 && std::isfinite(margin), op, "tail_margin", "finite and at least 1",
+           tail_margin);
+  return margin;
+}
+
+// One width for all heads or one for each.
+void check_bits(const char* op, const char* argument, const std::vector<int64_t>& bits,
+                int64_t kv_heads) {
+  const int64_t count = static_cast<int64_t>(bits.size());
+  KV_CHECK(count == 1 || count == kv_heads, op, argument,
+           "1 or " + std::to_string(kv_heads) + " widths", count);
+  for (int64_t i = 0; i < count; ++i) {
+    KV_CHECK(bits[i] == 8 || bits[i] == 4 || bits[i] == 2, op, element_name(argument, {i}),
+             "one of 8, 4, 2", bits[i]);
+  }
+}
+
+// Two slabs in the same memory would give two pages the same block.
+void check_slabs_disjoint(const char* op, const std::vector<Slab>& slabs, int64_t head_dim) {
+  struct Range {
+    const uint8_t *begin, *end;
+    size_t slab_idx;
+  };
+  std::vector<Range> ranges;
+  ranges.reserve(slabs.size());
+  for (size_t i = 0; i < slabs.size(); ++i) {
+    const int64_t bytes = slabs[i].num_blocks * block_bytes(slabs[i].bits, head_dim);
+    if (bytes > 0) ranges.push_back({slabs[i].data, slabs[i].data + bytes, i});
+  }
+  std::sort(ranges.begin(), ranges.end(),
+            [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  for (size_t i = 1; i < ranges.size(); ++i) {
+    const size_t a = std::min(ranges[i - 1].slab_idx, ranges[i].slab_idx);
+    const size_t b = std::max(ranges[i - 1].slab_idx, ranges[i].slab_idx);
+    KV_CHECK(
+        ranges[i - 1].end <= ranges[i].begin, op, "pool", "slabs that do not overlap",
+        "pool[" + std::to_string(a) + "] and pool[" + std::to_string(b) + "] in the same memory");
+  }
+}
+
+// Everything about the values of an append: lengths, and the entries that will be written.
+void check_append_values(const char* op, const AppendParams& p, const HostValues& seq_lens,
+                         const HostValues& block_table, const HostValues& left_padding) {
+  const Store& store = p.store;
+  check_seq_lens(op, seq_lens, store);
+  std::vector<int32_t> written;
+  for (int64_t b = 0; b < store.batch; ++b) {
+    const int64_t seq_len = seq_lens[b];
+    const int64_t num_new = p.num_new - (left_padding.readable() ? left_padding[b] : 0);
+    KV_CHECK(num_new <= std::numeric_limits<int32_t>::max() - seq_len, op, "k",
+             "at most " + std::to_string(std::numeric_limits<int32_t>::max() - seq_len) +
+                 " new tokens for sequence " + std::to_string(b),
+             num_new);
+    const int64_t page_begin = seq_len / kPageTokens;
+    const int64_t page_end = (seq_len + num_new) / kPageTokens;
+    KV_CHECK(page_end <= store.max_pages, op, "block_table",
+             "of at least " + std::to_string(page_end) + " pages for the " +
+                 std::to_string(seq_len + num_new) + " tokens of sequence " + std::to_string(b),
+             store.max_pages);
+    check_entries(op, block_table, store, b, page_begin, page_end);
+    for (int64_t row = b * 2 * store.kv_heads; row < (b + 1) * 2 * store.kv_heads; ++row) {
+      for (int64_t page = page_begin; page < page_end; ++page) {
+        written.push_back(block_table[row * store.max_pages + page]);
+      }
+    }
+  }
+  std::sort(written.begin(), written.end());
+  const auto twice = std::adjacent_find(written.begin(), written.end());
+  KV_CHECK(twice == written.end(), op, "block_table",
+           "distinct entries for the pages that become full", std::to_string(*twice) + " twice");
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> turbo_calibrate(const Tensor& k,
+                                           const std::optional<Tensor>& left_padding, bool balance,
+                                           bool subtract_mean, int64_t rotary_dim,
+                                           bool check_values) {
+  constexpr const char* kOp = "turbo_calibrate";
+  check_input(kOp, "k", k);
+  const int64_t batch = k.size(0), kv_heads = k.size(1), kv_len = k.size(2), head_dim = k.size(3);
+  check_left_padding(kOp, left_padding, k, batch, kv_len, check_values);
+  KV_CHECK(rotary_dim == -1 || (rotary_dim >= 0 && rotary_dim <= head_dim && rotary_dim % 2 == 0),
+           kOp, "rotary_dim", "-1 or an even number in [0, " + std::to_string(head_dim) + "]",
+           rotary_dim);
+
+  Tensor k_balance = new_empty(k, {batch, kv_heads, head_dim}, ScalarType::Float);
+  Tensor k_mean = new_empty(k, {batch, kv_heads, head_dim}, ScalarType::Float);
+  backend::calibrate({.k = input_view(kOp, "k", k),
+                      .left_padding = data<int32_t>(left_padding),
+                      .batch = batch,
+                      .kv_heads = kv_heads,
+                      .kv_len = kv_len,
+                      .head_dim = head_dim,
+                      .rotary_dim = rotary_dim == -1 ? head_dim : rotary_dim,
+                      .balance = balance,
+                      .subtract_mean = subtract_mean,
+                      .k_balance = mutable_data<float>(k_balance),
+                      .k_mean = mutable_data<float>(k_mean)});
+  return {k_balance, k_mean};
+}
+
+Tensor turbo_head_priority(const Tensor& x, const std::optional<Tensor>& left_padding,
+                           bool check_values) {
+  constexpr const char* kOp = "turbo_head_priority";
+  check_input(kOp, "x", x);
+  const int64_t batch = x.size(0), heads = x.size(1), tokens = x.size(2);
+  check_left_padding(kOp, left_padding, x, batch, tokens, check_values);
+
+  Tensor priority = new_empty(x, {batch, heads}, ScalarType::Float);
+  backend::head_priority({.x = input_view(kOp, "x", x),
+                          .left_padding = data<int32_t>(left_padding),
+                          .batch = batch,
+                          .heads = heads,
+                          .tokens = tokens,
+                          .head_dim = x.size(3),
+                          .priority = mutable_data<float>(priority)});
+  return priority;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> turbo_quantize(
+    const Tensor& k, const Tensor& v, const std::optional<Tensor>& k_balance,
+    const std::optional<Tensor>& k_mean, const std::optional<Tensor>& left_padding,
+    const std::vector<int64_t>& k_bits, const std::vector<int64_t>& v_bits, int64_t sink_pages,
+    double tail_margin, bool) {
+  constexpr const char* kOp = "turbo_quantize";
+  check_kv(kOp, k, v);
+  const int64_t batch = k.size(0), kv_heads = k.size(1), kv_len = k.size(2), head_dim = k.size(3);
+  const Calibration calibration =
+      check_calibration(kOp, k_balance, k_mean, k, batch, kv_heads, head_dim);
+  KV_CHECK(kv_len <= std::numeric_limits<int32_t>::max(), kOp, "k", "at most 2147483647 tokens",
+           kv_len);
+  check_bits(kOp, "k_bits", k_bits, kv_heads);
+  check_bits(kOp, "v_bits", v_bits, kv_heads);
+  KV_CHECK(sink_pages >= 0, kOp, "sink_pages", "at least 0", sink_pages);
+  const float margin = check_tail_margin(kOp, tail_margin);
+  // The sizes of the outputs depend on the padding, so it is read whatever check_values says.
+  const HostValues padding = check_left_padding(kOp, left_padding, k, batch, kv_len, true);
+
+  // Pages in the order of (batch, K|V, head, page), each taking the next block of its width.
+  const int64_t max_pages = kv_len / kPageTokens;
+  const auto for_each_page = [&](const auto& visit) {
+    for (int64_t row = 0; row < batch * 2 * kv_heads; ++row) {
+      const int64_t b = row / (2 * kv_heads), kv = row / kv_heads % 2, head = row % kv_heads;
+      const std::vector<int64_t>& widths = kv == 0 ? k_bits : v_bits;
+      const int64_t bits = widths[widths.size() == 1 ? 0 : head];
+      const int64_t pages = (kv_len - (padding.readable() ? padding[b] : 0)) / kPageTokens;
+      for (int64_t page = 0; page < pages; ++page) {
+        const int64_t page_bits = page < sink_pages ? 8 : bits;
+        visit(row * max_pages + page, page_bits == 8 ? 0 : page_bits == 4 ? 1 : 2);
+      }
+    }
+  };
+  int64_t num_blocks[3] = {};
+  for_each_page([&](int64_t, int width) { ++num_blocks[width]; });
+  std::vector<Slab> slabs;
+  std::vector<Tensor> pools;
+  int64_t slab_of_width[3];
+  for (int width = 0; width < 3; ++width) {
+    const int bits = kWidths[width];
+    KV_CHECK(num_blocks[width] <= kMaxSlabBlocks, kOp, "k",
+             "of at most " + std::to_string(kMaxSlabBlocks) + " pages of " + std::to_string(bits) +
+                 " bit",
+             num_blocks[width]);
+    pools.push_back(
+        new_empty(k, {num_blocks[width], block_bytes(bits, head_dim)}, ScalarType::Byte));
+    slab_of_width[width] = static_cast<int64_t>(slabs.size());
+    if (num_blocks[width] > 0) {
+      slabs.push_back({.data = mutable_data<uint8_t>(pools.back()),
+                       .num_blocks = num_blocks[width],
+                       .bits = bits});
+    }
+  }
+  Tensor host_table = new_empty(k, {batch, 2, kv_heads, max_pages}, ScalarType::Int, std::nullopt,
+                                torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  int32_t* entries = mutable_data<int32_t>(host_table);
+  std::fill_n(entries, host_table.numel(), -1);
+  int64_t next[3] = {};
+  for_each_page([&](int64_t position, int width) {
+    entries[position] = block_entry(slab_of_width[width], next[width]++);
+  });
+  Tensor block_table = k.is_cpu() ? host_table : torch::stable::to(host_table, k.device());
+
+  const int64_t slot_bytes = block_bytes(8, head_dim);
+  Tensor tail = new_zeros(k, {batch, 2, kv_heads, kTailSlots, slot_bytes}, ScalarType::Byte);
+  // -1 in every header's page_idx: no slot holds a page.
+  torch::stable::fill_(torch::stable::narrow(tail, 4, offsetof(BlockHeader, page_idx), 4), 255);
+  Tensor tail_scale = new_zeros(k, {batch, 2, kv_heads}, ScalarType::Float);
+  Tensor clamp_count = new_zeros(k, {batch, 2, kv_heads}, ScalarType::Long);
+  Tensor seq_lens = new_zeros(k, {batch}, ScalarType::Int);
+  backend::append({.k = input_view(kOp, "k", k),
+                   .v = input_view(kOp, "v", v),
+                   .num_new = kv_len,
+                   .left_padding = data<int32_t>(left_padding),
+                   .calibration = calibration,
+                   .store = {.slabs = slabs.data(),
+                             .num_slabs = static_cast<int64_t>(slabs.size()),
+                             .block_table = data<int32_t>(block_table),
+                             .max_pages = max_pages,
+                             .tail = mutable_data<uint8_t>(tail),
+                             .seq_lens = mutable_data<int32_t>(seq_lens),
+                             .batch = batch,
+                             .kv_heads = kv_heads,
+                             .head_dim = head_dim},
+                   .tail_margin = margin,
+                   .tail_scale = mutable_data<float>(tail_scale),
+                   .clamp_count = mutable_data<int64_t>(clamp_count)});
+  return {pools[0], pools[1], pools[2], block_table, tail, tail_scale, clamp_count, seq_lens};
+}
+
+void turbo_append(const Tensor& k, const Tensor& v, const std::vector<Tensor>& pool,
+                  const Tensor& block_table, const Tensor& tail, const Tensor& tail_scale,
+                  const Tensor& clamp_count, const Tensor& seq_lens,
+                  const std::optional<Tensor>& k_balance, const std::optional<Tensor>& k_mean,
+                  const std::optional<Tensor>& left_padding, double tail_margin,
+                  bool check_values) {
+  constexpr const char* kOp = "turbo_append";
+  check_kv(kOp, k, v);
+  const int64_t batch = k.size(0), kv_heads = k.size(1), num_new = k.size(2), head_dim = k.size(3);
+  std::vector<Slab> slabs;
+  const Store store =
+      check_store(kOp, {pool, block_table, tail, seq_lens, Access::kWrite, Access::kWrite}, k,
+                  batch, kv_heads, head_dim, slabs);
+  check_slabs_disjoint(kOp, slabs, head_dim);
+  check_tensor(kOp, "tail_scale", tail_scale, ScalarType::Float, {batch, 2, kv_heads}, k);
+  check_tensor(kOp, "clamp_count", clamp_count, ScalarType::Long, {batch, 2, kv_heads}, k);
+  const Calibration calibration =
+      check_calibration(kOp, k_balance, k_mean, k, batch, kv_heads, head_dim);
+  const float margin = check_tail_margin(kOp, tail_margin);
+  const HostValues padding = check_left_padding(kOp, left_padding, k, batch, num_new, check_values);
+
+  const AppendParams params{.k = input_view(kOp, "k", k),
+                            .v = input_view(kOp, "v", v),
+                            .num_new = num_new,
+                            .left_padding = data<int32_t>(left_padding),
+                            .calibration = calibration,
+                            .store = store,
+                            .tail_margin = margin,
+                            .tail_scale = mutable_data<float>(tail_scale),
+                            .clamp_count = mutable_data<int64_t>(clamp_count)};
+  const HostValues lens(seq_lens, check_values), table(block_table, check_values);
+  if (lens.readable()) check_append_values(kOp, params, lens, table, padding);
+  backend::append(params);
+}
+
+void turbo_rewind(const std::vector<Tensor>& pool, const Tensor& block_table, const Tensor& tail,
+                  const Tensor& seq_lens, const Tensor& new_lens, bool check_values) {
+  constexpr const char* kOp = "turbo_rewind";
+  const int64_t head_dim = check_store_head_dim(kOp, block_table, tail);
+  const int64_t batch = block_table.size(0), kv_heads = block_table.size(2);
+  std::vector<Slab> slabs;
+  const Store store =
+      check_store(kOp, {pool, block_table, tail, seq_lens, Access::kRead, Access::kWrite}, tail,
+                  batch, kv_heads, head_dim, slabs);
+  check_tensor(kOp, "new_lens", new_lens, ScalarType::Int, {batch}, tail);
+
+  const HostValues lens(seq_lens, check_values), table(block_table, check_values),
+      targets(new_lens, check_values);
+  if (lens.readable()) {
+    check_seq_lens(kOp, lens, store);
+    for (int64_t b = 0; b < batch; ++b) {
+      KV_CHECK(targets[b] >= 0 && targets[b] <= lens[b], kOp, element_name("new_lens", {b}),
+               "in [0, " + std::to_string(lens[b]) + "]", targets[b]);
+      const int64_t page = targets[b] / kPageTokens;
+      // Only a page that was full can have to be read back.
+      if (targets[b] % kPageTokens != 0 && page < lens[b] / kPageTokens) {
+        check_entries(kOp, table, store, b, page, page + 1);
+      }
+    }
+  }
+  backend::rewind({.store = store, .new_lens = data<int32_t>(new_lens)});
+}
+
+std::tuple<Tensor, Tensor> turbo_dequantize(const std::vector<Tensor>& pool,
+                                            const Tensor& block_table, const Tensor& tail,
+                                            const Tensor& seq_lens,
+                                            const std::optional<Tensor>& k_balance,
+                                            const std::optional<Tensor>& k_mean, int64_t kv_len,
+                                            bool right_align, ScalarType dtype, bool check_values) {
+  constexpr const char* kOp = "turbo_dequantize";
+  const int64_t head_dim = check_store_head_dim(kOp, block_table, tail);
+  const int64_t batch = block_table.size(0), kv_heads = block_table.size(2);
+  std::vector<Slab> slabs;
+  const Store store =
+      check_store(kOp, {pool, block_table, tail, seq_lens, Access::kRead, Access::kRead}, tail,
+                  batch, kv_heads, head_dim, slabs);
+  const Calibration calibration =
+      check_calibration(kOp, k_balance, k_mean, tail, batch, kv_heads, head_dim);
+  KV_CHECK(kv_len >= 0, kOp, "kv_len", "at least 0", kv_len);
+  KV_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+           kOp, "dtype", "float32, float16 or bfloat16", binding::format_dtype(dtype));
+
+  const HostValues lens(seq_lens, check_values), table(block_table, check_values);
+  if (lens.readable()) {
+    check_seq_lens(kOp, lens, store);
+    for (int64_t b = 0; b < batch; ++b) {
+      KV_CHECK(kv_len >= lens[b], kOp, "kv_len",
+               "at least " + element_name("seq_lens", {b}) + " = " + std::to_string(lens[b]),
+               kv_len);
+      check_entries(kOp, table, store, b, 0, lens[b] / kPageTokens);
+    }
+  }
+  Tensor k = new_empty(tail, {batch, kv_heads, kv_len, head_dim}, dtype);
+  Tensor v = new_empty(tail, {batch, kv_heads, kv_len, head_dim}, dtype);
+  backend::dequantize({.store = store,
+                       .calibration = calibration,
+                       .kv_len = kv_len,
+                       .right_align = right_align,
+                       .k = output_view(kOp, "k", k),
+                       .v = output_view(kOp, "v", v)});
+  return {k, v};
+}
+
+}  // namespace kvcore::turbo
