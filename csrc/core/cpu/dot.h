@@ -8,7 +8,9 @@ namespace kvcore::KVCORE_ISA {
 #if defined(KVCORE_ISA_AVX512_VNNI)
 
 /// Adds u * s, u unsigned and s signed.
-inline I32 dot_us(I32 acc, Bytes u, Bytes s) { return _mm512_dpbusd_epi32(acc, u, s); }
+inline I32 dot_us(I32 acc, Bytes u, Bytes s) {
+  return (I32)_mm512_dpbusd_epi32((__m512i)acc, u, s);
+}
 
 /// Signed bytes made ready as the first operand of dot_ss.
 struct SignedBytes {
@@ -19,14 +21,16 @@ inline SignedBytes prepare_signed(Bytes x) {
 }
 /// dot_ss adds kSignedExcess * (sum of b's bytes) too much.
 constexpr int kSignedExcess = 128;
-inline I32 dot_ss(I32 acc, SignedBytes a, Bytes b) { return _mm512_dpbusd_epi32(acc, a.offset, b); }
+inline I32 dot_ss(I32 acc, SignedBytes a, Bytes b) {
+  return (I32)_mm512_dpbusd_epi32((__m512i)acc, a.offset, b);
+}
 
 #elif defined(KVCORE_VEC_512)
 
 // vpmaddubsw adds two products in int16: exact for the codes here, |a| <= 127 and |b| <= 119.
 inline I32 dot_us(I32 acc, Bytes u, Bytes s) {
   const __m512i pairs = _mm512_maddubs_epi16(u, s);
-  return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+  return acc + (I32)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
 }
 struct SignedBytes {
   Bytes magnitude;
@@ -44,7 +48,7 @@ inline I32 dot_ss(I32 acc, SignedBytes a, Bytes b) {
 // vpmaddubsw adds two products in int16: exact for the codes here, |a| <= 127 and |b| <= 119.
 inline I32 dot_us(I32 acc, Bytes u, Bytes s) {
   const __m256i pairs = _mm256_maddubs_epi16(u, s);
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  return acc + (I32)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 struct SignedBytes {
   Bytes magnitude, value;

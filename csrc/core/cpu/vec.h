@@ -29,7 +29,8 @@ namespace kvcore::KVCORE_ISA {
 constexpr int kLanes = 16;
 constexpr int kVectorRegisters = 32;
 using F32 = __m512;
-using I32 = __m512i;
+// Not __m512i, whose lanes are 64 bits wide: between the two, GCC copies sums back and forth.
+typedef int32_t I32 __attribute__((vector_size(64)));
 using Bytes = __m512i;
 using Mask = __mmask16;
 
@@ -69,25 +70,25 @@ inline float reduce_max(F32 x) { return _mm512_reduce_max_ps(x); }
 inline float reduce_add(F32 x) { return _mm512_reduce_add_ps(x); }
 
 inline Mask less(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
-inline Mask less(I32 a, I32 b) { return _mm512_cmplt_epi32_mask(a, b); }
+inline Mask less(I32 a, I32 b) { return _mm512_cmplt_epi32_mask((__m512i)a, (__m512i)b); }
 inline bool any(Mask m) { return m != 0; }
 /// a where the mask is set, else b.
 inline F32 select(Mask m, F32 a, F32 b) { return _mm512_mask_mov_ps(b, m, a); }
 
-inline I32 splat_i32(int32_t x) { return _mm512_set1_epi32(x); }
-inline I32 load_i32(const int32_t* p) { return _mm512_loadu_si512(p); }
-inline void store_i32(int32_t* p, I32 x) { _mm512_storeu_si512(p, x); }
-inline I32 add_i32(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
-inline int32_t reduce_add_i32(I32 x) { return _mm512_reduce_add_epi32(x); }
+inline I32 splat_i32(int32_t x) { return (I32)_mm512_set1_epi32(x); }
+inline I32 load_i32(const int32_t* p) { return (I32)_mm512_loadu_si512(p); }
+inline void store_i32(int32_t* p, I32 x) { _mm512_storeu_si512(p, (__m512i)x); }
+inline I32 add_i32(I32 a, I32 b) { return a + b; }
+inline int32_t reduce_add_i32(I32 x) { return _mm512_reduce_add_epi32((__m512i)x); }
 inline I32 iota() {
-  return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return (I32)_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 }
-inline F32 to_f32(I32 x) { return _mm512_cvtepi32_ps(x); }
+inline F32 to_f32(I32 x) { return _mm512_cvtepi32_ps((__m512i)x); }
 /// Rounds to nearest even.
-inline I32 to_i32(F32 x) { return _mm512_cvtps_epi32(x); }
+inline I32 to_i32(F32 x) { return (I32)_mm512_cvtps_epi32(x); }
 /// The low byte of each lane, in order.
 inline void store_low_bytes(void* p, I32 x) {
-  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)x));
 }
 inline F32 load_u8(const uint8_t* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -99,9 +100,13 @@ inline F32 load_s8(const int8_t* p) {
 }
 /// 32-bit lanes holding one byte each.
 inline I32 load_u8_i32(const uint8_t* p) {
-  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return (I32)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
+/// Lane i holds byte p[i] four times.
+inline Bytes spread_bytes(const uint8_t* p) {
+  return _mm512_mullo_epi32((__m512i)load_u8_i32(p), _mm512_set1_epi32(0x01010101));
+}
 inline Bytes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
 inline void store_bytes(void* p, Bytes x) { _mm512_storeu_si512(p, x); }
 /// The same four bytes in every lane.
@@ -110,6 +115,8 @@ inline Bytes splat_dword(const void* p) {
   memcpy(&dword, p, sizeof dword);
   return _mm512_set1_epi32(dword);
 }
+/// The same two bytes in every 16-bit word.
+inline Bytes splat_word(int x) { return _mm512_set1_epi16(static_cast<int16_t>(x)); }
 inline Bytes and_bytes(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
 inline Bytes or_bytes(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
 inline Bytes xor_bytes(Bytes a, Bytes b) { return _mm512_xor_si512(a, b); }
@@ -126,7 +133,8 @@ inline Bytes shift_words(Bytes a) {
 constexpr int kLanes = 8;
 constexpr int kVectorRegisters = 16;
 using F32 = __m256;
-using I32 = __m256i;
+// Not __m256i, whose lanes are 64 bits wide: between the two, GCC copies sums back and forth.
+typedef int32_t I32 __attribute__((vector_size(32)));
 using Bytes = __m256i;
 using Mask = __m256;
 
@@ -181,32 +189,37 @@ inline float reduce_add(F32 x) {
 }
 
 inline Mask less(F32 a, F32 b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
-inline Mask less(I32 a, I32 b) { return _mm256_castsi256_ps(_mm256_cmpgt_epi32(b, a)); }
+inline Mask less(I32 a, I32 b) {
+  return _mm256_castsi256_ps(_mm256_cmpgt_epi32((__m256i)b, (__m256i)a));
+}
 inline bool any(Mask m) { return _mm256_movemask_ps(m) != 0; }
 /// a where the mask is set, else b.
 inline F32 select(Mask m, F32 a, F32 b) { return _mm256_blendv_ps(b, a, m); }
 
-inline I32 splat_i32(int32_t x) { return _mm256_set1_epi32(x); }
+inline I32 splat_i32(int32_t x) { return (I32)_mm256_set1_epi32(x); }
 inline I32 load_i32(const int32_t* p) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (I32)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
-inline void store_i32(int32_t* p, I32 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
-inline I32 add_i32(I32 a, I32 b) { return _mm256_add_epi32(a, b); }
+inline void store_i32(int32_t* p, I32 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)x);
+}
+inline I32 add_i32(I32 a, I32 b) { return a + b; }
 inline int32_t reduce_add_i32(I32 x) {
-  __m128i y = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  __m128i y =
+      _mm_add_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
   y = _mm_add_epi32(y, _mm_shuffle_epi32(y, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(y, _mm_shuffle_epi32(y, 0xb1)));
 }
-inline I32 iota() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
-inline F32 to_f32(I32 x) { return _mm256_cvtepi32_ps(x); }
+inline I32 iota() { return (I32)_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+inline F32 to_f32(I32 x) { return _mm256_cvtepi32_ps((__m256i)x); }
 /// Rounds to nearest even.
-inline I32 to_i32(F32 x) { return _mm256_cvtps_epi32(x); }
+inline I32 to_i32(F32 x) { return (I32)_mm256_cvtps_epi32(x); }
 /// The low byte of each lane, in order.
 inline void store_low_bytes(void* p, I32 x) {
   const __m256i pick =
       _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
                        0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1);
-  const __m256i picked = _mm256_shuffle_epi8(x, pick);
+  const __m256i picked = _mm256_shuffle_epi8((__m256i)x, pick);
   const __m128i bytes =
       _mm_or_si128(_mm256_castsi256_si128(picked), _mm256_extracti128_si256(picked, 1));
   _mm_storel_epi64(static_cast<__m128i*>(p), bytes);
@@ -221,9 +234,13 @@ inline F32 load_s8(const int8_t* p) {
 }
 /// 32-bit lanes holding one byte each.
 inline I32 load_u8_i32(const uint8_t* p) {
-  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return (I32)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
 
+/// Lane i holds byte p[i] four times.
+inline Bytes spread_bytes(const uint8_t* p) {
+  return _mm256_mullo_epi32((__m256i)load_u8_i32(p), _mm256_set1_epi32(0x01010101));
+}
 inline Bytes load_bytes(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }
@@ -234,6 +251,8 @@ inline Bytes splat_dword(const void* p) {
   memcpy(&dword, p, sizeof dword);
   return _mm256_set1_epi32(dword);
 }
+/// The same two bytes in every 16-bit word.
+inline Bytes splat_word(int x) { return _mm256_set1_epi16(static_cast<int16_t>(x)); }
 inline Bytes and_bytes(Bytes a, Bytes b) { return _mm256_and_si256(a, b); }
 inline Bytes or_bytes(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
 inline Bytes xor_bytes(Bytes a, Bytes b) { return _mm256_xor_si256(a, b); }
@@ -308,6 +327,8 @@ inline I32 load_u8_i32(const uint8_t* p) { return I32{p[0], p[1], p[2], p[3]}; }
 inline F32 load_u8(const uint8_t* p) { return to_f32(load_u8_i32(p)); }
 inline F32 load_s8(const int8_t* p) { return to_f32(I32{p[0], p[1], p[2], p[3]}); }
 
+/// Lane i holds byte p[i] four times.
+inline Bytes spread_bytes(const uint8_t* p) { return (Bytes)(load_u8_i32(p) * 0x01010101); }
 inline Bytes load_bytes(const void* p) {
   Bytes x;
   memcpy(&x, p, sizeof x);
@@ -320,6 +341,8 @@ inline Bytes splat_dword(const void* p) {
   memcpy(&dword, p, sizeof dword);
   return (Bytes)U32{dword, dword, dword, dword};
 }
+/// The same two bytes in every 16-bit word.
+inline Bytes splat_word(int x) { return (Bytes)(Words{} + static_cast<uint16_t>(x)); }
 inline Bytes and_bytes(Bytes a, Bytes b) { return a & b; }
 inline Bytes or_bytes(Bytes a, Bytes b) { return a | b; }
 inline Bytes xor_bytes(Bytes a, Bytes b) { return a ^ b; }
@@ -334,6 +357,17 @@ inline Bytes shift_words(Bytes a) {
 #endif
 
 constexpr int kVectorBytes = 4 * kLanes;
+
+/// f(0), ..., f(kCount - 1) without a loop: arrays of vectors that are indexed so stay in
+/// registers, where an unrolled loop would leave copies of them on the stack. For callers that are
+/// [[gnu::flatten]], which makes f's argument a constant early enough.
+template <int kCount, class F>
+inline void unroll(const F& f) {
+  if constexpr (kCount > 0) {
+    unroll<kCount - 1>(f);
+    f(kCount - 1);
+  }
+}
 
 inline Bytes to_bytes(I32 x) { return (Bytes)x; }
 

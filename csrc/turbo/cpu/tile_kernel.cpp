@@ -1,0 +1,262 @@
+// The tile routines of both attention ops: single-threaded, compiled per ISA level.
+#include "core/cpu/rows.h"
+#include "turbo/cpu/scores.h"
+#include "turbo/cpu/softmax.h"
+#include "turbo/cpu/tile.h"
+#include "turbo/cpu/values.h"
+
+namespace kvcore::turbo::KVCORE_ISA {
+namespace {
+
+// Rows whose sums fit the registers: kRows * kVecs of them, with room for the operands.
+constexpr int kMaxRows = kVectorRegisters == 32 ? 6 : kLanes == 8 ? 4 : 2;
+
+constexpr int score_vecs(int bits, int num_rows) {
+  if (kVectorRegisters != 32) return 2;
+  return bits == 8 || num_rows <= 4 ? 4 : 2;
+}
+constexpr int value_vecs() { return kVectorRegisters == 32 ? 4 : 2; }
+
+float block_scale(const uint8_t* block) {
+  float scale;
+  memcpy(&scale, block, sizeof scale);
+  return scale;
+}
+
+template <int kRows>
+void scores(const Page& page, const RowTile& tile, int row, int32_t* s) {
+  const int8_t* q8 = tile.q8 + row * tile.head_dim;
+  const int32_t* excess = tile.q_excess + row;
+  switch (page.k_bits) {
+    case 8:
+      return page_scores<8, kRows, score_vecs(8, kRows)>(page.k, tile.head_dim, q8, excess, s);
+    case 4:
+      return page_scores<4, kRows, score_vecs(4, kRows)>(page.k, tile.head_dim, q8, excess, s);
+    default:
+      return page_scores<2, kRows, score_vecs(2, kRows)>(page.k, tile.head_dim, q8, excess, s);
+  }
+}
+
+template <int kRows>
+void values(const Page& page, const uint8_t* p8, const float* decay, const float* weight,
+            RowTile& tile, int row) {
+  float* o = tile.o + row * tile.head_dim;
+  switch (page.v_bits) {
+    case 8:
+      return page_values<8, kRows, value_vecs()>(page.v, tile.head_dim, p8, decay, weight, o);
+    case 4:
+      return page_values<4, kRows, value_vecs()>(page.v, tile.head_dim, p8, decay, weight, o);
+    default:
+      return page_values<2, kRows, value_vecs()>(page.v, tile.head_dim, p8, decay, weight, o);
+  }
+}
+
+template <int kRows>
+void attend_rows(RowTile& tile, int row, const Page& page, const Softmax& softmax) {
+  alignas(64) int32_t s[kRows * kPageTokens];
+  alignas(64) uint8_t p8[kRows * kPageTokens];
+  float decay[kRows], weight[kRows];
+  scores<kRows>(page, tile, row, s);
+  const float k_scale = block_scale(page.k), v_scale = block_scale(page.v);
+  const bool any_p =
+      softmax.exact
+          ? page_softmax<true>(tile, row, kRows, page, k_scale, v_scale, 0.0f, s, p8, decay, weight)
+          : page_softmax<false>(tile, row, kRows, page, k_scale, v_scale, softmax.sas_threshold, s,
+                                p8, decay, weight);
+  if (any_p) values<kRows>(page, p8, decay, weight, tile, row);
+}
+
+template <int kRows = kMaxRows>
+void attend_rows(int num_rows, RowTile& tile, int row, const Page& page, const Softmax& softmax) {
+  if constexpr (kRows > 1) {
+    if (num_rows < kRows) return attend_rows<kRows - 1>(num_rows, tile, row, page, softmax);
+  }
+  attend_rows<kRows>(tile, row, page, softmax);
+}
+
+float row_sum(const RowTile& tile, int row) { return reduce_add(load(tile.l + row * kMaxLanes)); }
+
+bool sees(const RowTile& tile, int row, const Page& page) {
+  return tile.first_key[row] < page.first_key + kPageTokens && tile.end_key[row] > page.first_key &&
+         tile.first_key[row] < tile.end_key[row];
+}
+
+}  // namespace
+
+void load_tile(const TileSource& source, const Softmax& softmax, RowTile& tile) {
+  const int head_dim = source.head_dim;
+  tile.num_rows = source.num_rows;
+  tile.head_dim = head_dim;
+  memset(tile.o, 0, sizeof(float) * source.num_rows * head_dim);
+  memset(tile.l, 0, sizeof(float) * source.num_rows * kMaxLanes);
+  alignas(64) float x[kMaxHeadDim];
+  for (int r = 0; r < source.num_rows; ++r) {
+    const int64_t token = (source.first_row + r) / source.group;
+    const int64_t head = source.kv_head * source.group + (source.first_row + r) % source.group;
+    widen_row(source.q, source.batch_idx, head, source.first_token + token, head_dim, x);
+
+    F32 mean_sum = splat(0.0f), top = splat(0.0f), check = splat(0.0f);
+    for (int c = 0; c < head_dim; c += kLanes) {
+      F32 q = load(x + c);
+      if (source.k_mean) mean_sum = fma(q, load(source.k_mean + c), mean_sum);
+      if (source.k_balance) q = q * load(source.k_balance + c);
+      store(x + c, q);
+      top = max(top, abs(q));
+      check = fma(q, splat(0.0f), check);  // 0, or NaN once something is not finite
+    }
+    const bool finite = reduce_add(check) == 0.0f;
+    float s_q = reduce_max(top) / kCodeMax;
+    if (!(s_q >= 0x1p-126f)) s_q = 0x1p-126f;
+    I32 code_sum = splat_i32(0);
+    int8_t* q8 = tile.q8 + r * head_dim;
+    for (int c = 0; c < head_dim; c += kLanes) {
+      const I32 code = finite ? to_i32(load(x + c) / splat(s_q)) : splat_i32(0);
+      code_sum = add_i32(code_sum, code);
+      store_low_bytes(q8 + c, code);
+    }
+    tile.q_scale[r] = finite ? s_q * softmax.scale : 0.0f;
+    tile.q_mean[r] = source.k_mean ? softmax.scale * reduce_add(mean_sum) : 0.0f;
+    tile.q_excess[r] = -kSignedExcess * reduce_add_i32(code_sum);
+    tile.m[r] = -__builtin_inff();
+
+    int64_t end = source.kv_len, first = 0;
+    if (softmax.causal) {
+      end = token + 1 + source.kv_len - source.q_len;
+      if (softmax.window > 0) first = end - softmax.window;
+    }
+    tile.first_key[r] = first > 0 ? first : 0;
+    tile.end_key[r] = end > 0 ? end : 0;
+    tile.poisoned[r] = !finite && tile.end_key[r] > 0;
+  }
+}
+
+void attend_page(RowTile& tile, const Page& page, const Softmax& softmax) {
+  const float scales = block_scale(page.k) + block_scale(page.v);
+  if (scales != scales) {
+    for (int r = 0; r < tile.num_rows; ++r) tile.poisoned[r] |= sees(tile, r, page);
+    return;
+  }
+  for (int row = 0; row < tile.num_rows;) {
+    // Equal shares: 8 rows are 4 + 4, not 6 + 2.
+    const int left = tile.num_rows - row;
+    const int parts = (left + kMaxRows - 1) / kMaxRows;
+    const int num_rows = (left + parts - 1) / parts;
+    bool seen = false;
+    for (int r = row; r < row + num_rows; ++r) seen |= sees(tile, r, page);
+    if (seen) attend_rows(num_rows, tile, row, page, softmax);
+    row += num_rows;
+  }
+}
+
+namespace {
+
+template <int kBits>
+void widen_k(const uint8_t* block, int head_dim, uint8_t* codes8) {
+  const uint8_t* codes = block + code_offset(kBits, head_dim);
+  const uint8_t* step = block + kHeaderBytes;
+  const uint8_t* zero = step + head_dim;
+  for (int row = 0; row < head_dim / 8; ++row) {
+    for (int part = 0; part < 2; ++part) {
+      const int at = row / 4 * kChunk + row % 4 * kInterleave + part * 16;
+      const Levels levels = make_levels(splat_dword(step + at), splat_dword(zero + at));
+      for (int token = 0; token < kPageTokens; token += kLanes) {
+        Bytes x = narrow_codes<kBits>(codes, row, token);
+        if (part) x = shift_words<kBits>(x);
+        store_bytes(codes8 + at * kPageTokens + token * kInterleave, dequantize<kBits>(x, levels));
+      }
+    }
+  }
+}
+
+template <int kBits>
+void widen_v(const uint8_t* block, int head_dim, uint8_t* codes8) {
+  const uint8_t* codes = block + code_offset(kBits, head_dim);
+  const uint8_t* step = block + kHeaderBytes;
+  const uint8_t* zero = step + head_dim;
+  for (int channel = 0; channel < head_dim; channel += kLanes) {
+    const Levels levels = make_levels(spread_bytes(step + channel), spread_bytes(zero + channel));
+    for (int row = 0; row < kPageTokens * kBits / 32; ++row) {
+      Bytes x = load_bytes(codes + (row * head_dim + channel) * kInterleave);
+      for (int part = 0; part < 8 / kBits; ++part) {
+        const int token = row % 4 * kInterleave + row / 4 * kChunk + part * 16;
+        store_bytes(codes8 + token * head_dim + channel * kInterleave,
+                    dequantize<kBits>(x, levels));
+        x = shift_words<kBits>(x);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void widen_block(const uint8_t* block, int kv, int bits, int head_dim, uint8_t* block8) {
+  memcpy(block8, block, kHeaderBytes);
+  uint8_t* codes8 = block8 + code_offset(8, head_dim);
+  if (kv == 0) {
+    bits == 4 ? widen_k<4>(block, head_dim, codes8) : widen_k<2>(block, head_dim, codes8);
+  } else {
+    bits == 4 ? widen_v<4>(block, head_dim, codes8) : widen_v<2>(block, head_dim, codes8);
+  }
+}
+
+void store_tile(const RowTile& tile, const TileSource& source, const TileOutput& output) {
+  const int head_dim = tile.head_dim;
+  alignas(64) float row[kMaxHeadDim];
+  for (int r = 0; r < tile.num_rows; ++r) {
+    const int64_t token = source.first_token + (source.first_row + r) / source.group;
+    const int64_t head = source.kv_head * source.group + (source.first_row + r) % source.group;
+    const int64_t at = (source.batch_idx * output.q_heads + head) * output.q_tokens + token;
+    const float sum = row_sum(tile, r);
+    float lse = tile.m[r] + __builtin_logf(sum) + tile.q_mean[r];
+    F32 divisor = splat(sum);
+    if (sum == 0.0f) {  // no key: o is 0
+      lse = -__builtin_inff();
+      divisor = splat(1.0f);
+    }
+    if (tile.poisoned[r]) {
+      lse = __builtin_nanf("");
+      divisor = splat(lse);
+    }
+    for (int c = 0; c < head_dim; c += kLanes) {
+      store(row + c, load(tile.o + r * head_dim + c) / divisor);
+    }
+    narrow_row(row, head_dim, output.out, at * head_dim);
+    output.lse[at] = lse;
+  }
+}
+
+void save_partial(const RowTile& tile, Partial* partials, float* o) {
+  for (int r = 0; r < tile.num_rows; ++r) {
+    partials[r] = {tile.m[r], row_sum(tile, r), tile.poisoned[r]};
+  }
+  memcpy(o, tile.o, sizeof(float) * tile.num_rows * tile.head_dim);
+}
+
+void merge_partials(const Partial* partials, const float* o, int64_t num_parts, RowTile& tile) {
+  const int64_t num_rows = tile.num_rows, head_dim = tile.head_dim;
+  for (int64_t r = 0; r < num_rows; ++r) {
+    float m = -__builtin_inff();
+    for (int64_t part = 0; part < num_parts; ++part) {
+      const Partial& partial = partials[part * num_rows + r];
+      if (partial.m > m) m = partial.m;
+      tile.poisoned[r] |= partial.poisoned;
+    }
+    tile.m[r] = m;
+    if (m == -__builtin_inff()) continue;  // no key: load_tile left l and o zero
+    float l = 0.0f;
+    float* sum = tile.o + r * head_dim;
+    for (int64_t part = 0; part < num_parts; ++part) {
+      const Partial& partial = partials[part * num_rows + r];
+      if (partial.l == 0.0f) continue;
+      const float weight = exp_nonpositive(partial.m - m);
+      const float* part_o = o + (part * num_rows + r) * head_dim;
+      l += weight * partial.l;
+      for (int c = 0; c < head_dim; c += kLanes) {
+        store(sum + c, fma(splat(weight), load(part_o + c), load(sum + c)));
+      }
+    }
+    tile.l[r * kMaxLanes] = l;
+  }
+}
+
+}  // namespace kvcore::turbo::KVCORE_ISA

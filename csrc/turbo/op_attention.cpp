@@ -1,0 +1,172 @@
+// The attention ops: check arguments, allocate outputs, fill params, call the backend.
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "turbo/op.h"
+
+namespace kvcore::turbo {
+namespace {
+
+using binding::data;
+using binding::format_shape;
+using binding::input_view;
+using binding::output_view;
+using torch::stable::new_empty;
+
+std::string indexed(const char* name, int64_t index) { return name + format_shape({index}); }
+
+Softmax check_softmax(const char* op, bool causal, std::optional<double> scale,
+                      std::optional<int64_t> window, std::optional<double> sas_threshold,
+                      int64_t head_dim) {
+  const double factor = scale ? *scale : 1 / std::sqrt(static_cast<double>(head_dim));
+  KV_CHECK(std::isfinite(static_cast<float>(factor)), op, "scale", "finite in float32", factor);
+  if (window) {
+    KV_CHECK(*window >= 1, op, "window", "at least 1 or None", *window);
+    KV_CHECK(causal, op, "window", "None without causal", *window);
+  }
+  if (sas_threshold) {
+    // Below -87 the exponentials themselves leave fp32; negated, so that NaN is rejected.
+    KV_CHECK(*sas_threshold >= -87 && *sas_threshold < 0, op, "sas_threshold",
+             "in [-87, 0) or None", *sas_threshold);
+  }
+  return {.scale = static_cast<float>(factor),
+          .causal = causal,
+          .window = window.value_or(0),
+          .exact = !sas_threshold,
+          .sas_threshold = static_cast<float>(sas_threshold.value_or(0))};
+}
+
+void check_heads(const char* op, const char* argument, const Tensor& q, int64_t kv_heads) {
+  KV_CHECK(kv_heads >= 1, op, argument, "of at least 1 head", kv_heads);
+  KV_CHECK(q.size(1) % kv_heads == 0, op, "q",
+           "of a multiple of " + std::to_string(kv_heads) + " heads", q.size(1));
+}
+
+/// cu_seqlens: from 0 to num_tokens, never falling.
+void check_cu_seqlens(const char* op, const char* argument, const Tensor& tensor, const Tensor& q,
+                      int64_t num_tokens, bool check_values) {
+  KV_CHECK(tensor.dim() == 1 && tensor.size(0) >= 1, op, argument, "[num_seqs + 1]",
+           format_shape(tensor));
+  KV_CHECK(tensor.scalar_type() == ScalarType::Int, op, argument, "int32",
+           binding::format_dtype(tensor.scalar_type()));
+  KV_CHECK(binding::same_device(tensor, q), op, argument,
+           "on " + binding::format_device(q) + " like q", binding::format_device(tensor));
+  KV_CHECK(tensor.is_contiguous(), op, argument, "contiguous",
+           "strides " + format_shape(tensor.strides()));
+  const HostValues values(tensor, check_values);
+  if (!values.readable()) return;
+  const int64_t last = tensor.size(0) - 1;
+  KV_CHECK(values[0] == 0, op, indexed(argument, 0), "0", values[0]);
+  for (int64_t i = 1; i <= last; ++i) {
+    KV_CHECK(values[i] >= values[i - 1], op, indexed(argument, i),
+             "at least " + std::to_string(values[i - 1]), values[i]);
+  }
+  KV_CHECK(values[last] == num_tokens, op, indexed(argument, last), std::to_string(num_tokens),
+           values[last]);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> turbo_attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& k_balance,
+    const std::optional<Tensor>& k_mean, const std::optional<Tensor>& cu_seqlens_q,
+    const std::optional<Tensor>& cu_seqlens_k, bool causal, std::optional<double> scale,
+    std::optional<int64_t> window, std::optional<double> sas_threshold, bool check_values) {
+  constexpr const char* kOp = "turbo_attention";
+  check_input(kOp, "q", q);
+  check_kv(kOp, k, v);
+  const int64_t batch = q.size(0), q_heads = q.size(1), q_len = q.size(2), head_dim = q.size(3);
+  const int64_t kv_heads = k.size(1), kv_len = k.size(2);
+  KV_CHECK_SHAPE(kOp, k, batch, binding::kAnySize, binding::kAnySize, head_dim);
+  KV_CHECK_SAME_DTYPE(kOp, k, q);
+  KV_CHECK_SAME_DEVICE(kOp, k, q);
+  check_heads(kOp, "k", q, kv_heads);
+  const Calibration calibration =
+      check_calibration(kOp, k_balance, k_mean, q, batch, kv_heads, head_dim);
+  const Softmax softmax = check_softmax(kOp, causal, scale, window, sas_threshold, head_dim);
+  int64_t num_seqs = 0;
+  KV_CHECK(cu_seqlens_q.has_value() == cu_seqlens_k.has_value(), kOp,
+           cu_seqlens_q ? "cu_seqlens_k" : "cu_seqlens_q",
+           std::string("given with ") + (cu_seqlens_q ? "cu_seqlens_q" : "cu_seqlens_k"), "None");
+  if (cu_seqlens_q) {
+    KV_CHECK(batch == 1, kOp, "q", "of batch 1 with cu_seqlens_q", batch);
+    check_cu_seqlens(kOp, "cu_seqlens_q", *cu_seqlens_q, q, q_len, check_values);
+    check_cu_seqlens(kOp, "cu_seqlens_k", *cu_seqlens_k, q, kv_len, check_values);
+    KV_CHECK_SHAPE(kOp, *cu_seqlens_k, cu_seqlens_q->size(0));
+    num_seqs = cu_seqlens_q->size(0) - 1;
+  }
+
+  Tensor out = new_empty(q, {batch, q_heads, q_len, head_dim}, q.scalar_type());
+  Tensor lse = new_empty(q, {batch, q_heads, q_len}, ScalarType::Float);
+  backend::attention({.q = input_view(kOp, "q", q),
+                      .k = input_view(kOp, "k", k),
+                      .v = input_view(kOp, "v", v),
+                      .batch = batch,
+                      .q_heads = q_heads,
+                      .kv_heads = kv_heads,
+                      .q_len = q_len,
+                      .kv_len = kv_len,
+                      .head_dim = head_dim,
+                      .cu_seqlens_q = data<int32_t>(cu_seqlens_q),
+                      .cu_seqlens_k = data<int32_t>(cu_seqlens_k),
+                      .num_seqs = num_seqs,
+                      .calibration = calibration,
+                      .softmax = softmax,
+                      .out = output_view(kOp, "out", out),
+                      .lse = binding::mutable_data<float>(lse)});
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> turbo_decode(const Tensor& q, const std::vector<Tensor>& pool,
+                                        const Tensor& block_table, const Tensor& tail,
+                                        const Tensor& seq_lens,
+                                        const std::optional<Tensor>& k_balance,
+                                        const std::optional<Tensor>& k_mean, bool causal,
+                                        std::optional<double> scale, std::optional<int64_t> window,
+                                        std::optional<double> sas_threshold, bool check_values) {
+  constexpr const char* kOp = "turbo_decode";
+  check_input(kOp, "q", q);
+  const int64_t batch = q.size(0), q_heads = q.size(1), q_len = q.size(2), head_dim = q.size(3);
+  KV_CHECK_DIM(kOp, block_table, 4);
+  const int64_t kv_heads = block_table.size(2);
+  check_heads(kOp, "block_table", q, kv_heads);
+  std::vector<Slab> slabs;
+  const Store store =
+      check_store(kOp, {pool, block_table, tail, seq_lens, Access::kRead, Access::kRead}, q, batch,
+                  kv_heads, head_dim, slabs);
+  const Calibration calibration =
+      check_calibration(kOp, k_balance, k_mean, q, batch, kv_heads, head_dim);
+  const Softmax softmax = check_softmax(kOp, causal, scale, window, sas_threshold, head_dim);
+
+  int64_t longest = max_seq_len(store);
+  const HostValues lens(seq_lens, check_values), table(block_table, check_values);
+  if (lens.readable()) {
+    check_seq_lens(kOp, lens, store);
+    longest = 0;
+    for (int64_t b = 0; b < batch; ++b) {
+      longest = std::max<int64_t>(longest, lens[b]);
+      // Pages before the window are never read: their blocks may be gone.
+      const int64_t first_key =
+          softmax.window > 0 ? lens[b] - q_len + 1 - std::min<int64_t>(softmax.window, lens[b]) : 0;
+      check_entries(kOp, table, store, b, std::max<int64_t>(first_key, 0) / kPageTokens,
+                    lens[b] / kPageTokens);
+    }
+  }
+
+  Tensor out = new_empty(q, {batch, q_heads, q_len, head_dim}, q.scalar_type());
+  Tensor lse = new_empty(q, {batch, q_heads, q_len}, ScalarType::Float);
+  backend::decode({.q = input_view(kOp, "q", q),
+                   .q_heads = q_heads,
+                   .q_len = q_len,
+                   .calibration = calibration,
+                   .store = store,
+                   .softmax = softmax,
+                   .out = output_view(kOp, "out", out),
+                   .lse = binding::mutable_data<float>(lse),
+                   .max_seq_len = longest});
+  return {out, lse};
+}
+
+}  // namespace kvcore::turbo
