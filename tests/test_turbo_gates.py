@@ -1,0 +1,217 @@
+"""Acceptance of turbo: bit-exact stores, and accuracy against exact attention.
+
+The accuracy figures were fixed beforehand, from a simulation of the method.
+"""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import cases
+from compare import assert_bitwise_equal, assert_same_attention, relative_l2
+from kvcore.reference import exact_attention, turbo
+
+# ---- gate 1: one specification
+
+
+each_head_dim = pytest.mark.parametrize("head_dim", cases.HEAD_DIMS)
+each_dtype = pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+each_width = pytest.mark.parametrize(
+    ("k_bits", "v_bits"), [([8], [8]), ([4], [4]), ([2], [2]), ([4, 2], [2, 8])], ids=str
+)
+# Tokens of the prompt, then of each append: opening, filling and crossing pages.
+PROMPT, APPENDS = 300, ((300, 301), (301, 370), (370, 400))
+PADDING = torch.tensor([0, 97], dtype=torch.int32)
+
+
+def build_store(ops, k, v, device, **widths):
+    """The calibration, the store after the prompt, and the store after every append."""
+    k, v, padding = (x.to(device) for x in (k, v, PADDING))
+    calibration = ops.turbo_calibrate(k[:, :, :PROMPT], padding)
+    results = ops.turbo_quantize(
+        k[:, :, :PROMPT], v[:, :, :PROMPT], *calibration, padding, **widths
+    )
+    prompt_store = cases.store_of(results)
+    store = with_free_pages(prompt_store, 2)
+    for begin, end in APPENDS:
+        ops.turbo_append(k[:, :, begin:end], v[:, :, begin:end], *store.writable, *calibration)
+    return calibration, prompt_store, store
+
+
+@cases.each_backend
+@each_dtype
+@each_width
+@each_head_dim
+def test_stores_are_bit_exact(backend, head_dim, k_bits, v_bits, dtype):
+    _, k, v = cases.make_qkv(cases.Shape(head_dim, 400, 5, 2, 3, 2, dtype))
+    widths = {"k_bits": k_bits, "v_bits": v_bits}
+    got = build_store(backend.ops, k, v, backend.device, **widths)
+    want = build_store(turbo, k, v, "cpu", **widths)
+    for name, a, b in zip(("k_balance", "k_mean"), got[0], want[0], strict=True):
+        assert_bitwise_equal(a, b, name)
+    assert_same_store(got[1], want[1], "quantize")
+    assert_same_store(got[2], want[2], "append")
+
+
+@cases.each_backend
+@each_dtype
+@each_width
+@each_head_dim
+def test_decode_agrees(backend, head_dim, k_bits, v_bits, dtype):
+    q, k, v = cases.make_qkv(cases.Shape(head_dim, 400, 5, 2, 3, 2, dtype))
+    calibration, _, store = build_store(turbo, k, v, "cpu", k_bits=k_bits, v_bits=v_bits)
+    on_device = [x.to(backend.device) for x in (q, *calibration)]
+    readable = store.to(backend.device).readable
+    got = backend.ops.turbo_decode(on_device[0], *readable, *on_device[1:])
+    assert_same_attention(got, turbo.turbo_decode(q, *store.readable, *calibration))
+
+
+@cases.each_backend
+@each_dtype
+@each_head_dim
+def test_prefill_agrees(backend, head_dim, dtype):
+    q, k, v = cases.make_qkv(cases.Shape(head_dim, 400, 70, 2, 3, 2, dtype))
+    calibration = turbo.turbo_calibrate(k)
+    got = backend.ops.turbo_attention(
+        *(x.to(backend.device) for x in (q, k, v, *calibration)), causal=True
+    )
+    assert_same_attention(got, turbo.turbo_attention(q, k, v, *calibration, causal=True))
+
+
+def with_free_pages(store: cases.Store, pages: int) -> cases.Store:
+    """The store with room for more pages, in a slab of 2 bit."""
+    batch, _, kv_heads, old_pages = store.block_table.shape
+    head_dim = turbo.blocks.tail_head_dim(store.tail.shape[-1])
+    rows = torch.arange(batch * 2 * kv_heads * (old_pages + pages), dtype=torch.int32)
+    fresh = rows.view(batch, 2, kv_heads, -1) + (len(store.pool) << 21)
+    # Left padding leaves entries without a block inside the old table too.
+    old = F.pad(store.block_table.cpu(), (0, pages), value=-1)
+    copy = store.to(store.tail.device)
+    copy.block_table = torch.where(old < 0, fresh, old).to(store.tail.device)
+    copy.pool.append(copy.tail.new_zeros(len(rows), turbo.blocks.block_bytes(2, head_dim)))
+    return copy
+
+
+def assert_same_store(got: cases.Store, want: cases.Store, name: str) -> None:
+    assert got.named().keys() == want.named().keys()
+    for part, expected in want.named().items():
+        assert_bitwise_equal(got.named()[part], expected, f"{name}: {part}")
+
+
+# ---- gate 2: accuracy
+
+SEEDS, KV_LEN, HEAD_DIM, ROWS = 8, 8192, 128, 64
+INPUTS = ("gaussian", "sharp", "outlier")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A setting of the store, and the relative L2 errors stated for it."""
+
+    k_bits: int
+    v_bits: int
+    subtract_mean: bool
+    stated: tuple[float, float, float]  # mean of 8 seeds, in the order of INPUTS
+
+
+# Settings that reproduce the simulation: no balance, no 8-bit sinks, sas_threshold -10, and the
+# mean of K subtracted below 8 bit only. At 2 bit one seed varies by 15 % (standard deviation), so
+# the mean of 8 by 5 %: the seeds are part of the gate.
+VARIANTS = {
+    "int8": Variant(8, 8, False, (0.020, 0.030, 0.063)),
+    "K4V4": Variant(4, 4, True, (0.144, 0.219, 0.209)),
+    "K4V2": Variant(4, 2, True, (0.474, 0.500, 0.497)),
+    "K2V2": Variant(2, 2, True, (0.719, 1.117, 1.137)),
+}
+
+
+@functools.lru_cache
+def problem(inputs: str):
+    """q, k and v with one seed per batch entry, and exact attention's output in fp64."""
+    parts = []
+    for seed in range(SEEDS):
+        generator = torch.Generator().manual_seed(seed)
+        q = torch.randn(1, ROWS, HEAD_DIM, generator=generator)
+        k = torch.randn(1, KV_LEN, HEAD_DIM, generator=generator)
+        v = torch.randn(1, KV_LEN, HEAD_DIM, generator=generator)
+        if inputs == "sharp":
+            q = 3 * q
+        elif inputs == "outlier":
+            channels = torch.randperm(HEAD_DIM, generator=generator)[:6]
+            signs = 2.0 * torch.randint(0, 2, (6,), generator=generator) - 1
+            k[..., channels] = 2 * k[..., channels] + 8 * signs
+            q[..., channels] *= 2
+            q = 1.5 * q
+            v[..., torch.randperm(HEAD_DIM, generator=generator)[:3]] *= 4
+        parts.append((q, k, v))
+    q, k, v = (torch.stack(x) for x in zip(*parts, strict=True))
+    return q, k, v, exact_attention(q, k, v, dtype=torch.float64)[0]
+
+
+def mean_error(out, exact) -> float:
+    """Relative L2 error, averaged over the seeds."""
+    return sum(relative_l2(out[seed], exact[seed]) for seed in range(SEEDS)) / SEEDS
+
+
+def store_error(backend, inputs: str, k_bits: int, v_bits: int, **calibration) -> float:
+    q, k, v, exact = problem(inputs)
+    q, k, v = (x.to(backend.device) for x in (q, k, v))
+    calibration = backend.ops.turbo_calibrate(k, **calibration)
+    store = cases.store_of(
+        backend.ops.turbo_quantize(
+            k, v, *calibration, k_bits=[k_bits], v_bits=[v_bits], sink_pages=0
+        )
+    )
+    out, _ = backend.ops.turbo_decode(q, *store.readable, *calibration, causal=False)
+    return mean_error(out.cpu(), exact)
+
+
+# Gate 1 ties the backends to the reference, so that it need not run every time.
+each_accuracy_backend = pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(cases.REFERENCE, id="reference", marks=pytest.mark.slow),
+        pytest.param(cases.CPU, id="cpu"),
+        pytest.param(cases.CUDA, id="cuda", marks=pytest.mark.cuda),
+    ],
+)
+
+
+@each_accuracy_backend
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_error_is_within_ten_percent_of_the_simulation(backend, name, inputs):
+    variant = VARIANTS[name]
+    error = store_error(
+        backend,
+        inputs,
+        variant.k_bits,
+        variant.v_bits,
+        balance=False,
+        subtract_mean=variant.subtract_mean,
+    )
+    stated = variant.stated[INPUTS.index(inputs)]
+    print(f"{name} {inputs}: {error:.4f}, stated {stated}")
+    assert error == pytest.approx(stated, rel=0.1)
+
+
+@each_accuracy_backend
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_prefill_error_is_that_of_the_int8_store(backend, inputs):
+    q, k, v, exact = problem(inputs)
+    out, _ = backend.ops.turbo_attention(*(x.to(backend.device) for x in (q, k, v)))
+    stated = VARIANTS["int8"].stated[INPUTS.index(inputs)]
+    assert mean_error(out.cpu(), exact) == pytest.approx(stated, rel=0.1)
+
+
+@each_accuracy_backend
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_full_calibration_costs_nothing_where_it_is_not_needed(backend, name, inputs):
+    variant = VARIANTS[name]
+    error = store_error(backend, inputs, variant.k_bits, variant.v_bits, rotary_dim=0)
+    print(f"{name} {inputs} balanced: {error:.4f}")
+    assert error <= 1.1 * variant.stated[INPUTS.index(inputs)]
