@@ -278,9 +278,13 @@ def signature_of_schema(op):
     ]
 
 
+# Functions beside the wrappers, written in torch ops: they have no schema.
+COMPOSED = {"merge_attention"}
+
+
 def test_ops_were_found():
     assert {"turbo_attention", "turbo_decode"} <= set(op_names())
-    assert set(op_names()) == set(kvcore.ops.__all__)
+    assert set(op_names()) | COMPOSED == set(kvcore.ops.__all__)
 
 
 @pytest.mark.parametrize("op", op_names())

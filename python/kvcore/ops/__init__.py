@@ -1,5 +1,9 @@
-"""Typed wrappers of ``torch.ops.kvcore``: defaults and documentation, no logic."""
+"""Typed wrappers of ``torch.ops.kvcore``: defaults and documentation, no logic.
 
+:func:`merge_attention` alone is written in torch ops.
+"""
+
+from kvcore.ops.merge import merge_attention
 from kvcore.ops.turbo import (
     turbo_append,
     turbo_attention,
@@ -12,6 +16,7 @@ from kvcore.ops.turbo import (
 )
 
 __all__ = [
+    "merge_attention",
     "turbo_append",
     "turbo_attention",
     "turbo_calibrate",
