@@ -81,6 +81,26 @@ def test_prefill_agrees(backend, head_dim, dtype):
     assert_same_attention(got, turbo.turbo_attention(q, k, v, *calibration, causal=True))
 
 
+# A split keeps scores that one pass drops at -10, by up to a per mille of lse here; below -15 what
+# either drops is nothing.
+@cases.each_backend
+@pytest.mark.parametrize("sas_threshold", [-15.0, None])
+@pytest.mark.parametrize("shape", cases.LONG_SHAPES, ids=str)
+def test_decode_agrees_over_splits(backend, shape, sas_threshold):
+    if not backend.runs(shape.macs):
+        pytest.skip("a long context takes minutes on the SIMT shim")
+    q, k, v = cases.make_qkv(shape)
+    calibration = turbo.turbo_calibrate(k)
+    store = cases.store_of(turbo.turbo_quantize(k, v, *calibration))
+    on_device = [x.to(backend.device) for x in (q, *calibration)]
+    readable = store.to(backend.device).readable
+    got = backend.ops.turbo_decode(
+        on_device[0], *readable, *on_device[1:], sas_threshold=sas_threshold
+    )
+    want = turbo.turbo_decode(q, *store.readable, *calibration, sas_threshold=sas_threshold)
+    assert_same_attention(got, want, lse_atol=1e-4)
+
+
 def with_free_pages(store: cases.Store, pages: int) -> cases.Store:
     """The store with room for more pages, in a slab of 2 bit."""
     batch, _, kv_heads, old_pages = store.block_table.shape
