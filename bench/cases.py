@@ -1,0 +1,162 @@
+"""The cases of each family: inputs, variants to time, what they read, and their check."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import torch
+from peers import turbo as peers
+from torch import Tensor
+
+import kvcore
+
+KV_HEADS, Q_HEADS, HEAD_DIM = 8, 32, 128
+
+
+@dataclasses.dataclass
+class Variant:
+    """One thing to time. ``error``: relative L2 against fp32 attention, where there is one."""
+
+    run: Callable[[], object]
+    bytes_read: int = 0  # of K and V, or of the store
+    error: float | None = None
+
+
+@dataclasses.dataclass
+class Case:
+    """Variants that do the same work; names that begin with ``kvcore`` are ours."""
+
+    name: str
+    shape: dict[str, int]
+    variants: dict[str, Variant]
+    operations: int = 0  # of the matrix products, 2 per multiply-add
+    cold: bool = True
+
+
+WIDTHS = {"8 bit": (8, 8), "4 bit": (4, 4), "K4V2": (4, 2), "2 bit": (2, 2)}
+# What the formats are expected to lose on Gaussian data, with room for the spread of one seed:
+# a kernel that computes something else is not timed.
+MAX_ERROR = {"8 bit": 0.03, "4 bit": 0.18, "K4V2": 0.55, "2 bit": 0.85}
+
+
+def _inputs(batch: int, q_len: int, kv_len: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(kv_len + q_len)
+
+    def normal(heads: int, tokens: int) -> Tensor:
+        return torch.randn(batch, heads, tokens, HEAD_DIM, generator=generator)
+
+    return normal(Q_HEADS, q_len), normal(KV_HEADS, kv_len), normal(KV_HEADS, kv_len)
+
+
+def _shape(batch: int, q_len: int, kv_len: int) -> dict[str, int]:
+    sizes = {"batch": batch, "q_len": q_len, "kv_len": kv_len}
+    return {**sizes, "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
+
+
+def _relative_error(out: Tensor, expected: Tensor) -> float:
+    return ((out.float() - expected).norm() / expected.norm()).item()
+
+
+def _checked(name: str, error: float, bound: float) -> float:
+    if not error <= bound:
+        raise SystemExit(f"{name}: relative error {error:.4f} exceeds {bound}; nothing is timed")
+    return error
+
+
+def _num_bytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _store(k: Tensor, v: Tensor, k_bits: int, v_bits: int):
+    balance, mean = kvcore.turbo_calibrate(k)
+    p8, p4, p2, table, tail, tail_scale, clamps, lens = kvcore.turbo_quantize(
+        k, v, balance, mean, k_bits=[k_bits], v_bits=[v_bits]
+    )
+    pool = [p for p in (p8, p4, p2) if p.shape[0]]
+    return pool, table, tail, tail_scale, clamps, lens, balance, mean
+
+
+def _decode(batch: int, q_len: int, kv_len: int) -> Case:
+    q, k, v = _inputs(batch, q_len, kv_len)
+    name = f"decode, {kv_len} tokens, batch {batch}, q_len {q_len}"
+    case = Case(name, _shape(batch, q_len, kv_len), {})
+    dense = peers.sdpa_decode(q, k, v)
+    expected = dense["SDPA fp32, enable_gqa"]()
+    for name, run in dense.items():
+        size = 2 if "bf16" in name else 4
+        error = _checked(name, _relative_error(run(), expected), 0.01)
+        case.variants[name] = Variant(run, 2 * k.numel() * size, error)
+    q16 = q.bfloat16()
+    for name, (k_bits, v_bits) in WIDTHS.items():
+        pool, table, tail, _, _, lens, balance, mean = _store(k, v, k_bits, v_bits)
+
+        def run(pool=pool, table=table, tail=tail, lens=lens, balance=balance, mean=mean):
+            return kvcore.turbo_decode(q16, pool, table, tail, lens, balance, mean)[0]
+
+        error = _checked(name, _relative_error(run(), expected), MAX_ERROR[name])
+        case.variants[f"kvcore {name}"] = Variant(run, _num_bytes(*pool, table), error)
+    case.operations = 4 * batch * Q_HEADS * q_len * kv_len * HEAD_DIM
+    return case
+
+
+def _prefill(tokens: int) -> Case:
+    q, k, v = _inputs(1, tokens, tokens)
+    case = Case(f"causal prefill, {tokens} tokens", _shape(1, tokens, tokens), {}, cold=False)
+    dense = peers.sdpa_prefill(q, k, v)
+    expected = dense["SDPA fp32"]()
+    for name, run in dense.items():
+        error = _checked(name, _relative_error(run(), expected), 0.01)
+        case.variants[name] = Variant(run, 0, error)
+    q16, k16, v16 = (x.bfloat16() for x in (q, k, v))
+
+    def run():
+        return kvcore.turbo_attention(q16, k16, v16, causal=True)[0]
+
+    error = _checked("int8", _relative_error(run(), expected), MAX_ERROR["8 bit"])
+    case.variants["kvcore int8"] = Variant(run, 0, error)
+    case.operations = 2 * Q_HEADS * tokens * tokens * HEAD_DIM  # half of 4: causal
+    return case
+
+
+def _append(kv_len: int) -> Case:
+    """One token's K and V joins the cache of one layer."""
+    from transformers import LlamaConfig
+
+    from kvcore.cache import TurboCache
+
+    _, k, v = _inputs(1, 1, kv_len)
+    k, v = k.bfloat16(), v.bfloat16()
+    config = LlamaConfig(
+        num_hidden_layers=1,
+        num_attention_heads=Q_HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        hidden_size=Q_HEADS * HEAD_DIM,
+    )
+    new = k[:, :, -1:].clone(), v[:, :, -1:].clone()
+    turbo = TurboCache(config)
+    turbo.update(k, v, 0)
+    caches = {
+        "DynamicCache": peers.dynamic_cache(k, v),
+        "QuantizedCache fp8": peers.quantized_cache(k, v, config),
+        "kvcore TurboCache": turbo,
+    }
+    case = Case(f"append one token at {kv_len} tokens", _shape(1, 1, kv_len), {})
+    for name, cache in caches.items():
+        case.variants[name] = Variant(lambda cache=cache: cache.update(*new, 0))
+    return case
+
+
+def turbo(quick: bool) -> Iterator[Callable[[], Case]]:
+    """Cases of the turbo family, each built only when its turn comes."""
+    yield lambda: _decode(1, 1, 4096)
+    yield lambda: _prefill(1024 if quick else 4096)
+    yield lambda: _append(4096 if quick else 32768)
+    if not quick:
+        yield lambda: _decode(1, 1, 32768)
+        yield lambda: _decode(8, 1, 4096)
+        yield lambda: _decode(1, 4, 32768)
+
+
+FAMILIES = {"turbo": turbo}

@@ -1,0 +1,1 @@
+"""What kvcore is compared with, one module per family."""

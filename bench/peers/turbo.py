@@ -1,0 +1,74 @@
+"""Attention and caches that a user would otherwise run: torch SDPA, transformers' caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _bottom_right(q_len: int, kv_len: int) -> Tensor:
+    return torch.ones(q_len, kv_len, dtype=torch.bool).tril(kv_len - q_len)
+
+
+def sdpa_decode(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Attention of the newest q_len tokens over a dense cache, in the two usual formulations.
+
+    q is fp32 ``[batch, q_heads, q_len, head_dim]``; k, v ``[batch, kv_heads, kv_len, head_dim]``.
+    """
+    batch, q_heads, q_len, head_dim = q.shape
+    kv_heads, kv_len = k.shape[1:3]
+    group = q_heads // kv_heads
+    mask = None if q_len == 1 else _bottom_right(q_len, kv_len)
+    # The query heads of a group become rows of one head, so K and V are read once per group.
+    viewed_mask = None if mask is None else mask.repeat(group, 1)
+    variants = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        qd, kd, vd = q.to(dtype), k.to(dtype), v.to(dtype)
+        viewed = qd.reshape(batch, kv_heads, group * q_len, head_dim)
+
+        def gqa(qd=qd, kd=kd, vd=vd):
+            return F.scaled_dot_product_attention(qd, kd, vd, attn_mask=mask, enable_gqa=True)
+
+        def view(viewed=viewed, kd=kd, vd=vd):
+            out = F.scaled_dot_product_attention(viewed, kd, vd, attn_mask=viewed_mask)
+            return out.view(batch, q_heads, q_len, head_dim)
+
+        variants[f"SDPA {name}, enable_gqa"] = gqa
+        variants[f"SDPA {name}, grouped view"] = view
+    return variants
+
+
+def sdpa_prefill(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Causal self-attention; K and V repeated beforehand, which favours the peer."""
+    group = q.shape[1] // k.shape[1]
+    variants = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        qd = q.to(dtype)
+        kd, vd = (x.to(dtype).repeat_interleave(group, 1) for x in (k, v))
+
+        def attention(qd=qd, kd=kd, vd=vd):
+            return F.scaled_dot_product_attention(qd, kd, vd, is_causal=True)
+
+        variants[f"SDPA {name}"] = attention
+    return variants
+
+
+def dynamic_cache(k: Tensor, v: Tensor):
+    """transformers' default cache, filled."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    cache.update(k, v, 0)
+    return cache
+
+
+def quantized_cache(k: Tensor, v: Tensor, config):
+    """transformers' quantized cache (the fp8 backend, which needs no further package), filled."""
+    from transformers import QuantizedCache
+
+    cache = QuantizedCache("fp8", config)
+    cache.update(k, v, 0)
+    return cache

@@ -1,0 +1,91 @@
+"""Times kvcore against its peers, side by side in one process, and writes JSON.
+
+    python bench/run.py [--family turbo] [--quick] [--cases TEXT] [--rounds N] [--out DIR]
+
+Each case is checked against fp32 attention before it is timed. A full run writes
+`results/<device>/<family>.json` beside this file; --quick and --cases write only with --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+
+import machine
+import report
+import torch
+from timer import CacheFlusher, interleave, summary
+
+from cases import FAMILIES
+
+RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+
+
+def run_family(name: str, quick: bool, only: str, rounds: int) -> dict:
+    """Times every case of a family whose name contains ``only``."""
+    result = {
+        "family": name,
+        "machine": machine.describe(),
+        "rounds": rounds,
+        "ceilings": machine.ceilings(min(rounds, 10)),
+        "cases": [],
+    }
+    flush = CacheFlusher()
+    for build in FAMILIES[name](quick):
+        case = build()
+        if only not in case.name:
+            continue
+        variants = {n: v.run for n, v in case.variants.items()}
+        samples = interleave(variants, rounds, flush if case.cold else None)
+        entry = {
+            "name": case.name,
+            "shape": case.shape,
+            "cold": case.cold,
+            "operations": case.operations,
+            "variants": {
+                n: {
+                    **summary(samples[n]),
+                    "bytes_read": v.bytes_read,
+                    "error": v.error,
+                    "samples": samples[n],
+                }
+                for n, v in case.variants.items()
+            },
+        }
+        result["cases"].append(entry)
+        print(f"\n{case.name}")
+        for row in report.case_rows(entry, result["ceilings"]):
+            text = "  {:28s} {:>10s} ms  [{:>16s}] {:>8s}  {:24s} {}".format(*row)
+            print(text, flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--family", choices=[*FAMILIES, "all"], default="all")
+    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
+    parser.add_argument("--cases", default="", metavar="TEXT", help="only cases that contain TEXT")
+    parser.add_argument("--rounds", type=int, help="default 20, quick 5")
+    parser.add_argument("--out", type=pathlib.Path, help="directory for the JSON files")
+    args = parser.parse_args()
+    rounds = args.rounds or (5 if args.quick else 20)
+    if rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {rounds}")
+    torch.set_grad_enabled(False)
+    for family in FAMILIES if args.family == "all" else [args.family]:
+        result = run_family(family, args.quick, args.cases, rounds)
+        out = args.out
+        if out is None and not args.quick and not args.cases:
+            out = RESULTS / machine.slug(result["machine"])
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            path = out / f"{family}.json"
+            path.write_text(json.dumps(result, indent=1) + "\n")
+            print(f"\n{path}")
+
+
+if __name__ == "__main__":
+    main()

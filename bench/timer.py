@@ -1,0 +1,69 @@
+"""Interleaved timing with a cold cache."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+FLUSH_BYTES = 1 << 30  # several times the last-level cache of any machine this runs on
+
+
+class CacheFlusher:
+    """Evicts everything from the caches by writing to a buffer larger than any of them."""
+
+    def __init__(self, num_bytes: int = FLUSH_BYTES):
+        self._buffer = torch.zeros(num_bytes // 4, dtype=torch.float32)
+
+    def __call__(self) -> None:
+        self._buffer.add_(1)
+
+
+def interleave(
+    variants: dict[str, Callable[[], object]],
+    rounds: int,
+    flush: Callable[[], None] | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Times every variant once per round, in turn, and returns seconds per call and round.
+
+    Whatever disturbs the machine for a while then disturbs all variants alike. The first variant
+    changes from round to round, so that none always runs after the same neighbour.
+    """
+    names = list(variants)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:  # first touch, lazy initialisation
+        variants[name]()
+    gc_was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for i in range(rounds):
+            for name in _rotate(names, i):
+                if flush is not None:
+                    flush()
+                start = time.perf_counter()
+                result = variants[name]()
+                samples[name].append(time.perf_counter() - start)
+                del result
+            progress()
+    finally:
+        if gc_was_enabled:
+            gc.enable()
+    return samples
+
+
+def _rotate(names: list[str], i: int) -> Iterator[str]:
+    k = i % len(names)
+    yield from names[k:]
+    yield from names[:k]
+
+
+def summary(samples: list[float]) -> dict[str, float]:
+    """Median and the 10th and 90th percentile, in seconds."""
+    if len(samples) < 2:
+        return {"median": samples[0], "p10": samples[0], "p90": samples[0]}
+    tenths = statistics.quantiles(samples, n=10, method="inclusive")
+    return {"median": statistics.median(samples), "p10": tenths[0], "p90": tenths[-1]}

@@ -1,0 +1,84 @@
+"""The benchmark's own machinery: order of the rounds, statistics, report."""
+
+import pathlib
+import sys
+
+import pytest
+
+BENCH = pathlib.Path(__file__).resolve().parent.parent / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Imports come from bench/, whose `cases` is not the one beside this file."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    names = [path.stem for path in BENCH.glob("*.py")] + ["peers", "peers.turbo"]
+    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    yield
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(others)
+
+
+def test_rounds_interleave_and_rotate(bench):
+    from timer import interleave
+
+    calls, flushes = [], []
+    variants = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    samples = interleave(variants, 3, flush=lambda: flushes.append(None))
+    assert calls == list("abc") + list("abc") + list("bca") + list("cab")  # warm-up first
+    assert len(flushes) == 9
+    assert all(len(s) == 3 and min(s) >= 0 for s in samples.values())
+
+
+@pytest.mark.parametrize("count", [1, 2, 20])
+def test_summary(bench, count):
+    from timer import summary
+
+    result = summary([float(i) for i in range(count)])
+    assert result["median"] == (count - 1) / 2
+    assert result["p10"] <= result["median"] <= result["p90"]
+
+
+def test_report_compares_with_the_faster_bf16_peer(bench):
+    from report import markdown
+
+    def variant(seconds, num_bytes=0):
+        spread = {"median": seconds, "p10": seconds, "p90": seconds}
+        return {**spread, "bytes_read": num_bytes, "error": None}
+
+    case = {
+        "name": "decode",
+        "cold": True,
+        "operations": 0,
+        "variants": {
+            "SDPA fp32": variant(1e-3),
+            "SDPA bf16, a": variant(8e-3),
+            "SDPA bf16, b": variant(4e-3),
+            "kvcore 4 bit": variant(2e-3, 20_000_000),
+        },
+    }
+    described = ("device", "threads", "isa", "torch", "kvcore", "commit", "date")
+    result = {
+        "machine": {**dict.fromkeys(described, "x"), "modified": False},
+        "rounds": 20,
+        "ceilings": {"read": {"value": 20.0, "unit": "GB/s"}},
+        "cases": [case],
+    }
+    row = next(line for line in markdown(result).splitlines() if "kvcore 4 bit" in line)
+    assert "2.00x" in row  # against the faster bf16 variant, not the fp32 one
+    assert "10.0 GB/s (50%)" in row
+
+
+def test_every_case_passes_its_check_and_runs(bench):
+    """The smallest of the real cases, built and run once."""
+    import cases
+
+    case = cases._decode(1, 2, 200)
+    assert {"SDPA bf16, grouped view", "kvcore 4 bit", "kvcore 8 bit"} <= set(case.variants)
+    for variant in case.variants.values():
+        variant.run()
+    with pytest.raises(SystemExit, match=r"relative error 0\.5000 exceeds 0\.1"):
+        cases._checked("case", 0.5, 0.1)
+    with pytest.raises(SystemExit, match=r"relative error nan exceeds 0\.1"):
+        cases._checked("case", float("nan"), 0.1)
