@@ -7,7 +7,7 @@ STABLE_TORCH_LIBRARY(kvcore, m) {
   m.def(
       "turbo_attention(Tensor q, Tensor k, Tensor v, Tensor? k_balance=None, Tensor? k_mean=None, "
       "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, *, bool causal=False, "
-      "float? scale=None, int? window=None, float? sas_threshold=-10.0, bool check_values=False) "
+      "float? scale=None, int? window=None, float? sas_threshold=-15.0, bool check_values=False) "
       "-> (Tensor out, Tensor lse)");
 
   // ---- turbo: the quantized store
@@ -39,6 +39,6 @@ STABLE_TORCH_LIBRARY(kvcore, m) {
   m.def(
       "turbo_decode(Tensor q, Tensor[] pool, Tensor block_table, Tensor tail, Tensor seq_lens, "
       "Tensor? k_balance=None, Tensor? k_mean=None, *, bool causal=True, float? scale=None, "
-      "int? window=None, float? sas_threshold=-10.0, bool check_values=False) "
+      "int? window=None, float? sas_threshold=-15.0, bool check_values=False) "
       "-> (Tensor out, Tensor lse)");
 }

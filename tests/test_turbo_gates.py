@@ -137,7 +137,7 @@ class Variant:
     stated: tuple[float, float, float]  # mean of 8 seeds, in the order of INPUTS
 
 
-# Settings that reproduce the simulation: no balance, no 8-bit sinks, sas_threshold -10, and the
+# Settings that reproduce the simulation: no balance, no 8-bit sinks, and the
 # mean of K subtracted below 8 bit only. At 2 bit one seed varies by 15 % (standard deviation), so
 # the mean of 8 by 5 %: the seeds are part of the gate.
 VARIANTS = {

@@ -40,7 +40,7 @@ class TurboSettings:
     balance: bool = True
     subtract_mean: bool = True
     tail_margin: float = 1.25
-    sas_threshold: float | None = -10.0
+    sas_threshold: float | None = -15.0
     rotary_dim: int = -1
 
     def __post_init__(self) -> None:

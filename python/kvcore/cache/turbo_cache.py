@@ -51,7 +51,7 @@ class TurboCache(DynamicCache):
         balance: bool = True,
         subtract_mean: bool = True,
         tail_margin: float = 1.25,
-        sas_threshold: float | None = -10.0,
+        sas_threshold: float | None = -15.0,
     ) -> None:
         if not isinstance(config, PretrainedConfig):
             kind = type(config).__name__

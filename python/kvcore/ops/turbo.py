@@ -28,7 +28,7 @@ def turbo_attention(
     causal: bool = False,
     scale: float | None = None,
     window: int | None = None,
-    sas_threshold: float | None = -10.0,
+    sas_threshold: float | None = -15.0,
     check_values: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Int8 attention on float inputs (algorithm 1 of the paper), forward only.
@@ -304,7 +304,7 @@ def turbo_decode(
     causal: bool = True,
     scale: float | None = None,
     window: int | None = None,
-    sas_threshold: float | None = -10.0,
+    sas_threshold: float | None = -15.0,
     check_values: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention of new queries over a store (algorithm 3 of the paper), forward only.

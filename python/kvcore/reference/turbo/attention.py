@@ -43,7 +43,7 @@ def turbo_attention(
     causal: bool = False,
     scale: float | None = None,
     window: int | None = None,
-    sas_threshold: float | None = -10.0,
+    sas_threshold: float | None = -15.0,
     check_values: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kvcore.turbo_attention`."""
@@ -85,7 +85,7 @@ def turbo_decode(
     causal: bool = True,
     scale: float | None = None,
     window: int | None = None,
-    sas_threshold: float | None = -10.0,
+    sas_threshold: float | None = -15.0,
     check_values: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`kvcore.turbo_decode`."""
