@@ -208,7 +208,7 @@ THIRD_PARTY = {
     "cache": {"numpy", "safetensors", "transformers"},
     "hf": {"transformers"},
     "eval": {"transformers", "safetensors"},
-    "demo": {"transformers", "safetensors"},
+    "demo": {"numpy", "safetensors", "transformers"},
     "cli": {"transformers", "safetensors"},
 }
 

@@ -1,0 +1,1 @@
+"""Two small trained language models, how they were trained and what they are measured on."""
