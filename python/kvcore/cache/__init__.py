@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 
 _HOMES = {
+    "CacheFileError": "kvcore.cache.file_format",
     "TurboCache": "kvcore.cache.turbo_cache",
     "TurboLayer": "kvcore.cache.turbo_layer",
     "TurboSettings": "kvcore.cache.settings",
     "TurboStore": "kvcore.cache.store",
 }
-__all__ = ["TurboCache", "TurboLayer", "TurboSettings", "TurboStore"]
+__all__ = ["CacheFileError", "TurboCache", "TurboLayer", "TurboSettings", "TurboStore"]
 
 
 def __getattr__(name: str):

@@ -42,33 +42,3 @@ def index_list(indices: Tensor, batch: int) -> list[int]:
         if not -batch <= number < batch:
             raise IndexError(f"TurboCache: indices must be in [0, {batch}), got {number}")
     return [number % batch for number in numbers]
-
-
-def select_layer(layer: object, indices: Tensor) -> None:
-    """``batch_select_indices`` of any layer: linear-attention layers have none."""
-    if hasattr(layer, "batch_select_indices"):
-        layer.batch_select_indices(indices)
-        return
-    batch = next((state.shape[0] for state in linear_states(layer)), None)
-    if batch is not None:
-        layer.reorder_cache(torch.tensor(index_list(indices, batch), dtype=torch.int64))
-
-
-def repeat_layer(layer: object, repeats: int) -> None:
-    """``batch_repeat_interleave`` of any layer: linear-attention layers have none."""
-    if hasattr(layer, "batch_repeat_interleave"):
-        layer.batch_repeat_interleave(repeats)
-        return
-    batch = next((state.shape[0] for state in linear_states(layer)), None)
-    if batch is not None:
-        layer.reorder_cache(torch.arange(batch).repeat_interleave(repeats))
-
-
-def linear_states(layer: object) -> list[Tensor]:
-    """Conv and recurrent states of a linear-attention layer, by state number since 5.15."""
-    states = []
-    for name in ("conv_states", "recurrent_states"):
-        held = getattr(layer, name, None)
-        held = held.values() if isinstance(held, dict) else [held]
-        states += [state for state in held if isinstance(state, Tensor)]
-    return states

@@ -19,17 +19,24 @@ class PaddingTracker:
     """
 
     def __init__(self) -> None:
+        # Whether the model that announced it attends over compressed caches itself.
+        self.native = False
         self._announced: Tensor | None = None
         self._lead: tuple[tuple[int, int, int], np.ndarray | None] | None = None
         self._verdict: tuple | None = None
 
-    def announce(self, attention_mask: object) -> None:
+    def announce(self, attention_mask: object, *, native: bool) -> None:
         """Takes the mask of a forward pass: ``[batch, tokens]``, ``[batch, 1, q_len, tokens]``, a
         dict of the latter by layer type, or None."""
+        self.native = native
         if isinstance(attention_mask, dict):
             attention_mask = attention_mask.get("full_attention")
         self._announced = attention_mask if isinstance(attention_mask, Tensor) else None
         self._lead = None
+
+    def forget(self) -> None:
+        """Drops the announced mask: the tokens it was about are not those that come next."""
+        self._announced = self._lead = None
 
     def new_padding(self, batch: int, seen: int, num_new: int, padding: np.ndarray):
         """Leading padding among ``num_new`` tokens that follow ``seen`` ones.

@@ -52,10 +52,10 @@ class PagePool:
         total = self.num_free(bits) + self.num_used(bits)
         share = next(share for limit, share in _SHARES if len(self.slabs) < limit or share == 1)
         count = max(missing, _MIN_COLUMNS * column, total // share)
-        while missing > 0:
+        while count > 0:
             rows = min(count, _C.PageAllocator.MAX_SLAB_BLOCKS)
             self.add_slab(bits, rows)
-            missing -= rows
+            count -= rows
 
     def add_slab(self, bits: int, rows: int) -> None:
         # Zeros, because the unused bytes of a block are zero by contract. Allocated before the

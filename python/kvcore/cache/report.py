@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from kvcore.cache import compat
+from kvcore.cache import linear
 from kvcore.cache.turbo_layer import TurboLayer
 
 
@@ -51,7 +51,7 @@ def _layer(index: int, layer: object) -> dict:
         ]
         row["kv_bytes"] = storage_bytes(tensors)
         row["elements"] = sum(tensor.numel() for tensor in tensors)
-        row["state_bytes"] = storage_bytes(compat.linear_states(layer))
+        row["state_bytes"] = storage_bytes(linear.linear_states(layer))
     row["nbytes"] = row["kv_bytes"] + row["state_bytes"]
     row["bits_per_element"] = _bits(row["kv_bytes"], row["elements"])
     return row

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcore import ops
+from kvcore.cache.calibration import calibrate, left_padding_tensor
 from kvcore.cache.pages import PagePool
 from kvcore.cache.settings import PAGE_TOKENS, TurboSettings
 
@@ -44,6 +45,7 @@ class TurboStore:
         num_tokens: int,
     ) -> None:
         self.settings = settings
+        self.is_calibrated = True
         self.head_bits = head_bits
         self.pool = pool
         self.block_table: Tensor = tensors["block_table"]
@@ -55,10 +57,10 @@ class TurboStore:
         self.k_mean: Tensor | None = tensors["k_mean"]
         self.padding = padding
         self.num_tokens = num_tokens
-        self._host_table = _host(self.block_table)
+        self.host_table = _host(self.block_table)
         self._may_have_garbage = False
         self._next_fill = 0
-        self._set_tokens(num_tokens, padding)
+        self.set_tokens(num_tokens, padding)
 
     @classmethod
     def quantize(
@@ -74,40 +76,36 @@ class TurboStore:
         """
         with ordinary_tensors():
             k, v = k.detach(), v.detach()
-            left = _left_padding(padding, k.device)
-            k_balance = k_mean = None
-            if settings.balance or settings.subtract_mean:
-                k_balance, k_mean = ops.turbo_calibrate(
-                    k,
-                    left,
-                    balance=settings.balance,
-                    subtract_mean=settings.subtract_mean,
-                    rotary_dim=settings.rotary_dim,
-                )
-            head_bits = choose_bits(k, v, padding, settings)
+            begin = calibrate(k, v, padding, settings)
+            first, *then = begin.phases(padding, k.shape[2])
             *pools, block_table, tail, tail_scale, clamp_count, seq_lens = ops.turbo_quantize(
                 k,
                 v,
-                k_balance,
-                k_mean,
-                left,
-                k_bits=head_bits[0].tolist(),
-                v_bits=head_bits[1].tolist(),
+                begin.k_balance,
+                begin.k_mean,
+                left_padding_tensor(first, k.device),
+                k_bits=begin.head_bits[0].tolist(),
+                v_bits=begin.head_bits[1].tolist(),
                 sink_pages=settings.sink_pages,
                 tail_margin=settings.tail_margin,
             )
-            slabs = [pool for pool in pools if pool.shape[0]]
             tensors = {
                 "block_table": block_table,
                 "tail": tail,
                 "tail_scale": tail_scale,
                 "clamp_count": clamp_count,
                 "seq_lens": seq_lens,
-                "k_balance": k_balance,
-                "k_mean": k_mean,
+                "k_balance": begin.k_balance,
+                "k_mean": begin.k_mean,
             }
+            slabs = [pool for pool in pools if pool.shape[0]]
             pool = PagePool.adopt(slabs, k.shape[3], k.device)
-            return cls(settings, head_bits, pool, tensors, padding, k.shape[2])
+            store = cls(settings, begin.head_bits, pool, tensors, padding, k.shape[2])
+            for left in then:
+                # A short sequence fills no page, so nothing needs a block.
+                begin.adopt(store.tail_scale)
+                store.append_op(k, v, left_padding_tensor(left, k.device))
+            return store
 
     @property
     def batch(self) -> int:
@@ -138,20 +136,21 @@ class TurboStore:
         """
         num_tokens = self.num_tokens + k.shape[2]
         if num_tokens < self._next_fill and new_padding is None:
-            self._append_op(k, v, None)
+            self.append_op(k, v, None)
             self.num_tokens = num_tokens
             return
         padding = self.padding if new_padding is None else self.padding + new_padding
-        left = None if new_padding is None else _left_padding(new_padding, k.device)
+        left = None if new_padding is None else left_padding_tensor(new_padding, k.device)
         cells = self._open_pages(num_tokens - padding)
         try:
-            self._append_op(k, v, left)
+            self.append_op(k, v, left)
         except BaseException:
             self._close_pages(cells)
             raise
-        self._set_tokens(num_tokens, padding)
+        self.set_tokens(num_tokens, padding)
 
-    def _append_op(self, k: Tensor, v: Tensor, left_padding: Tensor | None) -> None:
+    def append_op(self, k: Tensor, v: Tensor, left_padding: Tensor | None) -> None:
+        """The op alone: pages that fill must have blocks, and the host's count is not kept."""
         _append(
             k,
             v,
@@ -197,6 +196,20 @@ class TurboStore:
                 dtype=dtype,
             )
 
+    def dequantize_left(self, kv_len: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """K and V ``[batch, kv_heads, kv_len, head_dim]``; each sequence begins at 0."""
+        with torch.no_grad():
+            return ops.turbo_dequantize(
+                self.pool.slabs,
+                self.block_table,
+                self.tail,
+                self.seq_lens,
+                self.k_balance,
+                self.k_mean,
+                kv_len=kv_len,
+                dtype=dtype,
+            )
+
     def rewind(self, num_tokens: int) -> None:
         """Drops the newest tokens, so that ``num_tokens`` stay (padding counted)."""
         padding = np.minimum(self.padding, num_tokens)
@@ -205,7 +218,7 @@ class TurboStore:
             lens = torch.from_numpy(new_lens.astype(np.int32)).to(self.seq_lens.device)
             ops.turbo_rewind(self.pool.slabs, self.block_table, self.tail, self.seq_lens, lens)
         self._drop_pages(new_lens // PAGE_TOKENS)
-        self._set_tokens(num_tokens, padding)
+        self.set_tokens(num_tokens, padding)
 
     def _drop_pages(self, num_pages: np.ndarray) -> None:
         """Leaves each sequence its first ``num_pages[b]`` blocks.
@@ -224,30 +237,31 @@ class TurboStore:
         """Makes sequence i the former sequence ``indices[i]``; blocks are shared, not copied."""
         with ordinary_tensors():
             index = torch.tensor(indices, dtype=torch.int64, device=self.seq_lens.device)
-            names = ("block_table", "tail", "tail_scale", "clamp_count", "seq_lens")
-            names += ("k_balance", "k_mean") if self.k_balance is not None else ()
-            selected = {name: getattr(self, name).index_select(0, index) for name in names}
+            selected = {name: getattr(self, name).index_select(0, index) for name in self.names()}
             host_table = _host(selected["block_table"])
         for name, tensor in selected.items():
             setattr(self, name, tensor)
-        self._host_table = host_table
+        self.host_table = host_table
         self._may_have_garbage = True
-        self._set_tokens(self.num_tokens, self.padding[indices])
+        self.set_tokens(self.num_tokens, self.padding[indices])
 
     def to(self, device: torch.device) -> None:
         """Moves every tensor to a device."""
-        names = ("block_table", "tail", "tail_scale", "clamp_count", "seq_lens")
-        names += ("k_balance", "k_mean") if self.k_balance is not None else ()
         with ordinary_tensors():
-            moved = {name: getattr(self, name).to(device) for name in names}
+            moved = {name: getattr(self, name).to(device) for name in self.names()}
             slabs = [slab.to(device) for slab in self.pool.slabs]
         for name, tensor in moved.items():
             setattr(self, name, tensor)
         self.pool.slabs[:] = slabs
         self.pool.device = device
-        self._host_table = _host(self.block_table)
+        self.host_table = _host(self.block_table)
 
-    def _set_tokens(self, num_tokens: int, padding: np.ndarray) -> None:
+    def names(self) -> tuple[str, ...]:
+        """The attributes that are tensors with one row per sequence."""
+        calibration = () if self.k_balance is None else ("k_balance", "k_mean")
+        return ("block_table", "tail", "tail_scale", "clamp_count", "seq_lens", *calibration)
+
+    def set_tokens(self, num_tokens: int, padding: np.ndarray) -> None:
         """Adopts a token count, and finds at which count the next page of any sequence fills."""
         self.num_tokens, self.padding = num_tokens, padding
         lens = num_tokens - padding
@@ -276,13 +290,13 @@ class TurboStore:
             self._reserve(width, count, column=count * len(counts) // len(pages) or 1)
         for width, count in zip(widths.tolist(), needed.tolist(), strict=True):
             entries[bits == width] = self.pool.allocate(width, count)
-        self._host_table[sequences, :, :, pages] = np.moveaxis(entries, 2, 0)
+        self.host_table[sequences, :, :, pages] = np.moveaxis(entries, 2, 0)
         self._publish_table()
         return sequences, pages
 
     def _close_pages(self, cells: tuple[np.ndarray, np.ndarray]) -> None:
         sequences, pages = cells
-        self._host_table[sequences, :, :, pages] = -1
+        self.host_table[sequences, :, :, pages] = -1
         self._publish_table()
         self._may_have_garbage = True
 
@@ -297,7 +311,7 @@ class TurboStore:
     def collect(self) -> None:
         """Frees the blocks that no sequence uses any more."""
         if self._may_have_garbage:
-            self.pool.keep(self._host_table[self._host_table >= 0])
+            self.pool.keep(self.host_table[self.host_table >= 0])
             self._may_have_garbage = False
 
     def _widen_table(self, num_pages: int) -> None:
@@ -309,11 +323,11 @@ class TurboStore:
             wider = torch.full(shape, -1, dtype=torch.int32, device=self.block_table.device)
             wider[..., :capacity] = self.block_table
             host_table = _host(wider)
-        self.block_table, self._host_table = wider, host_table
+        self.block_table, self.host_table = wider, host_table
 
     def _publish_table(self) -> None:
         if self.block_table.device.type != "cpu":
-            self.block_table.copy_(torch.from_numpy(self._host_table))
+            self.block_table.copy_(torch.from_numpy(self.host_table))
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """Every tensor of the store, by what it is for."""
@@ -324,31 +338,6 @@ class TurboStore:
             "table": [self.block_table],
             "calibration": calibration,
         }
-
-
-def choose_bits(k: Tensor, v: Tensor, padding: np.ndarray, settings: TurboSettings) -> np.ndarray:
-    """int64 ``[2, kv_heads]``: the width of every K and V head, the same for all sequences.
-
-    The ``low_bit_heads`` share of heads with the lowest priority, summed over the sequences, take
-    2 bits (equation 12 of the paper). A head with a non-finite value is never among them if that
-    can be helped.
-    """
-    kv_heads = k.shape[1]
-    bits = np.array([[settings.k_bits] * kv_heads, [settings.v_bits] * kv_heads])
-    num_low = round(settings.low_bit_heads * kv_heads)
-    if num_low == 0:
-        return bits
-    left = _left_padding(padding, k.device)
-    for row, x in zip(bits, (k, v), strict=True):
-        priority = ops.turbo_head_priority(x, left).double().sum(0).nan_to_num(nan=torch.inf)
-        row[priority.argsort(stable=True)[:num_low].cpu().numpy()] = 2
-    return bits
-
-
-def _left_padding(padding: np.ndarray, device: torch.device) -> Tensor | None:
-    if not padding.any():
-        return None
-    return torch.from_numpy(padding.astype(np.int32)).to(device)
 
 
 def _host(block_table: Tensor) -> np.ndarray:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
-from kvcore.cache import compat, reasons, report
+from kvcore.cache import linear, reasons, report, serialize
 from kvcore.cache.padding import PaddingTracker
 from kvcore.cache.settings import HEAD_DIMS, TurboSettings, check_bits
+from kvcore.cache.static_layer import StaticTurboLayer
 from kvcore.cache.turbo_layer import TurboLayer
 
 
@@ -35,6 +38,8 @@ class TurboCache(DynamicCache):
         subtract_mean: take K's channel means out before quantizing.
         tail_margin: headroom of the scale under which new tokens are buffered, at least 1.
         sas_threshold: scores this far below a row's maximum count as zero; None is exact.
+        max_cache_len: most tokens of a sequence, padding counted. All memory is then allocated at
+            the first update, and decoding can be compiled; the batch size is fixed.
 
     Raises:
         ValueError: naming the argument.
@@ -52,12 +57,21 @@ class TurboCache(DynamicCache):
         subtract_mean: bool = True,
         tail_margin: float = 1.25,
         sas_threshold: float | None = -15.0,
+        max_cache_len: int | None = None,
     ) -> None:
         if not isinstance(config, PretrainedConfig):
             kind = type(config).__name__
             raise ValueError(f"TurboCache: config must be the model's configuration, got {kind}")
         text_config = config.get_text_config(decoder=True)
         super().__init__(config=text_config)
+        if max_cache_len is not None:
+            if isinstance(max_cache_len, bool) or not isinstance(max_cache_len, int):
+                raise ValueError(f"TurboCache: max_cache_len must be an int, got {max_cache_len!r}")
+            if max_cache_len < 1:
+                raise ValueError(f"TurboCache: max_cache_len must be positive, got {max_cache_len}")
+            self.layers = StaticCache(config=text_config, max_cache_len=max_cache_len).layers
+        self.max_cache_len = max_cache_len
+        self.model_facts = serialize.model_facts(config)
         self.settings = TurboSettings(
             sink_pages=sink_pages,
             low_bit_heads=low_bit_heads,
@@ -73,7 +87,7 @@ class TurboCache(DynamicCache):
         head_dim = _head_dim(text_config)
         for i, layer in enumerate(self.layers):
             # Subclasses hold more than K and V, or not all of it.
-            if type(layer) is not DynamicLayer:
+            if type(layer) not in (DynamicLayer, StaticLayer):
                 continue
             if head_dim not in HEAD_DIMS:
                 supported = ", ".join(map(str, HEAD_DIMS))
@@ -83,13 +97,20 @@ class TurboCache(DynamicCache):
                 )
                 break
             settings = dataclasses.replace(self.settings, k_bits=k_bits[i], v_bits=v_bits[i])
-            self.layers[i] = TurboLayer(settings, self.tracker, i)
+            if max_cache_len is None:
+                self.layers[i] = TurboLayer(settings, self.tracker, i)
+            else:
+                self.layers[i] = StaticTurboLayer(
+                    settings, self.tracker, i, max_cache_len=max_cache_len
+                )
 
     def turbo_layers(self) -> list[TurboLayer]:
         """The layers that are quantized."""
         return [layer for layer in self.layers if isinstance(layer, TurboLayer)]
 
-    def announce(self, attention_mask: Tensor | dict[str, Tensor] | None) -> None:
+    def announce(
+        self, attention_mask: Tensor | dict[str, Tensor] | None, *, native: bool = False
+    ) -> None:
         """Tells the cache which of the tokens of the next updates are padding.
 
         :func:`kvcore.hf.enable` does this. Leading padding of a sequence is then not stored.
@@ -97,8 +118,9 @@ class TurboCache(DynamicCache):
         Args:
             attention_mask: ``[batch, tokens]`` over all tokens including the new ones, nonzero for
                 a real one; or the mask made of it, ``[batch, 1, q_len, tokens]``; or None.
+            native: the model's attention implementation is ``kvcore``.
         """
-        self.tracker.announce(attention_mask)
+        self.tracker.announce(attention_mask, native=native)
 
     def nbytes(self) -> int:
         """Bytes of the memory behind every tensor of the cache, linear-attention states too."""
@@ -108,15 +130,47 @@ class TurboCache(DynamicCache):
         """What the cache holds, per layer and in total; see :func:`kvcore.cache.report.report`."""
         return report.report(self.layers)
 
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the cache to a safetensors file; spare blocks are left out.
+
+        Raises:
+            NotImplementedError: if the model has layers with no file format.
+        """
+        serialize.save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        config: PretrainedConfig,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> TurboCache:
+        """Reads a cache that :meth:`save` wrote; decoding continues bitwise as it would have.
+
+        The file is refused unless its format, its digest, every name, dtype, shape and value are
+        right and the facts of the model are those of ``config``. Which weights the model had, a
+        cache cannot know.
+
+        Args:
+            path: the file.
+            config: the model's configuration.
+            device: where the model is.
+
+        Raises:
+            CacheFileError: a ValueError, naming the field.
+        """
+        return serialize.load(cls, path, config, torch.device(device))
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sequence ``repeats`` times, in place of it."""
         for layer in self.layers:
-            compat.repeat_layer(layer, repeats)
+            linear.repeat_layer(layer, repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the sequences ``indices``, int64 or bool ``[batch]``, in that order."""
         for layer in self.layers:
-            compat.select_layer(layer, indices)
+            linear.select_layer(layer, indices)
 
 
 def _per_layer(name: str, bits: int | Sequence[int], num_layers: int) -> list[int]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvcore.cache import compat, reasons
+from kvcore.cache import compat, reasons, store_files
 from kvcore.cache.padding import PaddingTracker
 from kvcore.cache.settings import HEAD_DIMS, PAGE_TOKENS, TurboSettings
 from kvcore.cache.store import TurboStore, ordinary_tensors
@@ -154,9 +154,9 @@ class TurboLayer(CacheLayerMixin):
         """
         k, v = key_states, value_states
         first = not self.is_initialized
-        if first:
-            self.lazy_initialization(k, v)
         try:
+            if first:
+                self.lazy_initialization(k, v)
             self._check_states(k, v)
             if self.store is None:
                 return self._update_exact(k, v)
@@ -257,13 +257,13 @@ class TurboLayer(CacheLayerMixin):
             with ordinary_tensors():
                 self._exact = [tensor[:, :, :left].clone() for tensor in self._exact]
             self._exact_padding = np.minimum(self._exact_padding, left)
-        self.epoch += 1
+        self._changed()
 
     def reset(self) -> None:
         """Forgets all tokens and the calibration, and returns the memory."""
         self._clear()
         self.is_initialized = False
-        self.epoch += 1
+        self._changed()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Makes sequence i the former sequence ``beam_idx[i]``; full pages are shared."""
@@ -292,7 +292,12 @@ class TurboLayer(CacheLayerMixin):
             self._exact_padding = self._exact_padding[indices]
         self._k_shape = (len(indices), *self._k_shape[1:])
         self._v_shape = (len(indices), *self._v_shape[1:])
+        self._changed()
+
+    def _changed(self) -> None:
+        """Ends the views of what was stored, and the mask that was announced for it."""
         self.epoch += 1
+        self.tracker.forget()
 
     def offload(self) -> None:
         """Moves the stored tokens to the CPU."""
@@ -309,6 +314,30 @@ class TurboLayer(CacheLayerMixin):
                 self.store.to(device)
         elif self._exact is not None and self._exact[0].device != device:
             self._exact = [tensor.to(device) for tensor in self._exact]
+
+    # ---- files
+
+    def synced_store(self) -> TurboStore | None:
+        """The store, with the host's count of tokens up to date."""
+        return self.store
+
+    def restore_store(
+        self, row: dict, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Adopts what :func:`~kvcore.cache.store_files.export_store` gave, after it was checked."""
+        self._adopt_shape((row["batch"], row["kv_heads"], row["head_dim"]), dtype, device)
+        self.store = store_files.restore_store(self.settings, row, tensors, device)
+
+    def restore_exact(self, k: Tensor, v: Tensor, padding: np.ndarray) -> None:
+        """Adopts tokens that are held exactly."""
+        self.lazy_initialization(k, v)
+        self._exact, self._exact_padding = [k, v], padding
+
+    def _adopt_shape(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        none = torch.empty((shape[0], shape[1], 0, shape[2]), dtype=dtype, device=device)
+        self.lazy_initialization(none, none)
 
     # ---- accounting
 

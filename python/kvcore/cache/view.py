@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils._pytree import tree_map_only
 
 if TYPE_CHECKING:
@@ -19,11 +20,13 @@ class Snapshot:
     changes the layer (crop, reorder, select, repeat, reset) ends it.
     """
 
-    __slots__ = ("_tensors", "epoch", "layer", "num_tokens")
+    __slots__ = ("_tensors", "epoch", "layer", "num_tokens", "width")
 
-    def __init__(self, layer: TurboLayer) -> None:
+    def __init__(self, layer: TurboLayer, width: int | None = None) -> None:
         self.layer = layer
         self.num_tokens = layer.store.num_tokens
+        # Tokens that readers see: the rest is zero.
+        self.width = width or self.num_tokens
         self.epoch = layer.epoch
         self._tensors: list[Tensor] | None = None
 
@@ -33,7 +36,7 @@ class Snapshot:
         return self.epoch == self.layer.epoch and self.num_tokens == self.layer.store.num_tokens
 
     def materialize(self, kv_idx: int) -> Tensor:
-        """K (0) or V (1), ``[batch, kv_heads, num_tokens, head_dim]``; padding is zero."""
+        """K (0) or V (1), ``[batch, kv_heads, width, head_dim]``; padding is zero."""
         if self.epoch != self.layer.epoch:
             raise RuntimeError(
                 "kvcore: these keys and values were read from the cache before it was cropped, "
@@ -42,7 +45,9 @@ class Snapshot:
         if self._tensors is None:
             # K is always read with V: one pass builds both. They live as long as the view does.
             tensors = self.layer.dequantize()
-            self._tensors = [tensor[:, :, : self.num_tokens] for tensor in tensors]
+            room = (0, 0, 0, self.width - self.num_tokens)
+            tensors = [tensor[:, :, : self.num_tokens] for tensor in tensors]
+            self._tensors = [pad(tensor, room) if room[3] else tensor for tensor in tensors]
         return self._tensors[kv_idx]
 
 
@@ -50,6 +55,7 @@ class LazyKV(Tensor):
     """K or V of a snapshot. kvcore's attention reads the store; any other op, the rebuilt tensor.
 
     So a model that runs another attention function over a compressed cache is slow, never wrong.
+    Tokens are rebuilt as they are stored at that time: once their page is full, at its width.
     """
 
     snapshot: Snapshot
@@ -58,7 +64,7 @@ class LazyKV(Tensor):
     @staticmethod
     def __new__(cls, snapshot: Snapshot, kv_idx: int) -> LazyKV:
         layer, store = snapshot.layer, snapshot.layer.store
-        shape = (store.batch, store.kv_heads, snapshot.num_tokens, store.head_dim)
+        shape = (store.batch, store.kv_heads, snapshot.width, store.head_dim)
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=layer.dtype, device=layer.device)
         self.snapshot = snapshot
         self.kv_idx = kv_idx
@@ -67,7 +73,7 @@ class LazyKV(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     def materialize(self) -> Tensor:
-        """The tensor, ``[batch, kv_heads, num_tokens, head_dim]``."""
+        """The tensor, ``[batch, kv_heads, width, head_dim]``."""
         return self.snapshot.materialize(self.kv_idx)
 
     @classmethod

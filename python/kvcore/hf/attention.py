@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvcore.cache import reasons
+from kvcore.cache.static_layer import StaticView
 from kvcore.cache.view import LazyKV
 
 # Features that scaled_dot_product_attention does not have either.
@@ -46,18 +47,33 @@ def kvcore_attention(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     special = {name: kwargs[name] for name in _SPECIAL if _is_set(kwargs.get(name))}
-    if type(key) is LazyKV:
+    rebuilt = False
+    if type(key) is StaticView:
+        if not special and not dropout and kwargs.get("sliding_window") is None:
+            out = key.layer.store.decode(query, scale=scaling, causal=is_causal)
+            return out.transpose(1, 2), None
+        key, value = key.layer.rebuild()
+    elif type(key) is LazyKV:
         reason = _reason(query, key, value, attention_mask, dropout, is_causal, special, kwargs)
         if reason is None:
             out = key.snapshot.layer.store.decode(query, scale=scaling, causal=is_causal)
             return out.transpose(1, 2), None
         reasons.record(*reason)
-        key, value = key.materialize(), value.materialize()
-    if attention_mask is None and is_causal and 1 < query.shape[2] < key.shape[2]:
-        # SDPA would align its causal mask with the first keys: these queries are the newest.
-        q_len, kv_len = query.shape[2], key.shape[2]
-        causal = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device)
-        attention_mask = causal.tril(kv_len - q_len)[None, None]
+        num_tokens = key.snapshot.num_tokens
+        key, value = key[:, :, :num_tokens], value[:, :, :num_tokens]
+        rebuilt = True
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if attention_mask is not None and attention_mask.shape[-1] > kv_len:
+        # The mask of a cache of fixed capacity covers what is not there yet.
+        attention_mask = attention_mask[..., :kv_len]
+    if attention_mask is None and is_causal and 1 < q_len < kv_len:
+        if rebuilt:
+            # SDPA would align its causal mask with the first keys; the queries are the newest.
+            causal = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device)
+            attention_mask = causal.tril(kv_len - q_len)[None, None]
+        else:
+            # What transformers means by this: the rest of a cache of fixed capacity is empty.
+            key, value = key[:, :, :q_len], value[:, :, :q_len]
     if special:
         return exact_attention(
             query,

@@ -129,7 +129,8 @@ def _announce(places: dict[str, int], module, args: tuple, kwargs: dict) -> None
         return
     cache = _argument("past_key_values", places, args, kwargs)
     if isinstance(cache, TurboCache):
-        cache.announce(_argument("attention_mask", places, args, kwargs))
+        mask = _argument("attention_mask", places, args, kwargs)
+        cache.announce(mask, native=module.config._attn_implementation == NAME)
 
 
 def _argument(name: str, places: dict[str, int], args: tuple, kwargs: dict) -> object:

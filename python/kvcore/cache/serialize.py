@@ -1,0 +1,283 @@
+"""``TurboCache.save`` and ``TurboCache.load``: safetensors, never pickle."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from kvcore.cache import file_format, linear, store_files
+from kvcore.cache.file_format import CacheFileError, check, check_names, get_int, get_ints
+from kvcore.cache.settings import TurboSettings
+from kvcore.cache.turbo_layer import TurboLayer
+
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+_STATE_DTYPES = tuple(_DTYPES.values())
+_SETTINGS = {field.name for field in dataclasses.fields(TurboSettings)} - {"k_bits", "v_bits"}
+
+
+def save(cache, path: str | os.PathLike) -> None:
+    """See :meth:`kvcore.cache.TurboCache.save`."""
+    rows, tensors = [], {}
+    for i, layer in enumerate(cache.layers):
+        row, held = _export(layer, i)
+        rows.append(row)
+        tensors |= {f"layers.{i}.{name}": tensor.cpu() for name, tensor in held.items()}
+    settings = dataclasses.asdict(cache.settings)
+    stated = {name: settings[name] for name in sorted(_SETTINGS)}
+    stated["max_cache_len"] = cache.max_cache_len
+    metadata = {
+        "format": file_format.FORMAT,
+        "version": file_format.VERSION,
+        "model": json.dumps(cache.model_facts),
+        "settings": json.dumps(stated),
+        "layers": json.dumps(rows),
+    }
+    # A tensor of its own memory each: safetensors refuses views of one.
+    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    metadata["digest"] = file_format.digest(metadata, tensors)
+    # Under the final name there is a whole file or none.
+    target = pathlib.Path(path)
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(cls, path: str | os.PathLike, config: PretrainedConfig, device: torch.device):
+    """See :meth:`kvcore.cache.TurboCache.load`."""
+    metadata, tensors = read(path)
+    facts = file_format.parse_json(metadata, "model", dict)
+    for name, value in model_facts(config).items():
+        check(name in facts, "model", f"the facts of a model with {name}", sorted(facts))
+        check(facts[name] == value, f"model.{name}", f"{value!r} as the config has it", facts[name])
+    settings = file_format.parse_json(metadata, "settings", dict)
+    check_names(settings, _SETTINGS | {"max_cache_len"}, "settings")
+    rows = file_format.parse_json(metadata, "layers", list)
+    check(len(rows) <= file_format.MAX_LAYERS, "layers", "a list of layers", len(rows))
+    for i, row in enumerate(rows):
+        check(isinstance(row, dict), f"layers[{i}]", "an object", row)
+    arguments = dict(settings)
+    rotary_dim = arguments.pop("rotary_dim")
+    for name in ("k_bits", "v_bits"):
+        # Of the layers that are not quantized the width means nothing.
+        arguments[name] = [row.get(f"layer_{name}", 4) for row in rows]
+    try:
+        cache = cls(config, **arguments)
+    except (TypeError, ValueError) as error:
+        raise CacheFileError(f"cache file: settings do not make a cache: {error}") from error
+    check(
+        rotary_dim == cache.settings.rotary_dim,
+        "settings.rotary_dim",
+        f"{cache.settings.rotary_dim} as the config has it",
+        rotary_dim,
+    )
+    check(len(rows) == len(cache.layers), "layers", f"{len(cache.layers)} long", len(rows))
+
+    forms = {}
+    for i, (row, layer) in enumerate(zip(rows, cache.layers, strict=True)):
+        form = _form(row, layer, f"layers[{i}]")
+        forms |= {f"layers.{i}.{name}": want for name, want in form.items()}
+    check_names(tensors, set(forms), "tensors")
+    for name, (dtype, shape) in forms.items():
+        actual = (tensors[name].dtype, list(tensors[name].shape))
+        wanted = dtype if isinstance(dtype, tuple) else (dtype,)
+        check(actual[0] in wanted and actual[1] == shape, name, f"{dtype} {shape}", actual)
+    for i, (row, layer) in enumerate(zip(rows, cache.layers, strict=True)):
+        prefix = f"layers.{i}."
+        held = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        _restore(row, layer, held, f"layers[{i}]", device)
+    return cache
+
+
+def read(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file whose digest is right."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            kind = metadata.get("format")
+            check(kind == file_format.FORMAT, "format", repr(file_format.FORMAT), repr(kind))
+            version = metadata.get("version")
+            check(version == file_format.VERSION, "version", file_format.VERSION, version)
+            check_names(metadata, set(file_format.METADATA), "metadata")
+            # Copies: what safetensors returns may be the file's own memory.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError, UnicodeError, KeyError, RuntimeError) as error:
+        raise CacheFileError(f"cache file: {path} cannot be read: {error}") from error
+    found = file_format.digest(metadata, tensors)
+    check(
+        found == metadata["digest"], "digest", f"{found}, that of the content", metadata["digest"]
+    )
+    return metadata, tensors
+
+
+def model_facts(config: PretrainedConfig) -> dict:
+    """What a cache can know of the model it belongs to. Weights are not among it."""
+    text = config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None) or {}
+    theta = rope.get("rope_theta", getattr(text, "rope_theta", None))
+    names = (
+        "model_type",
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+    )
+    facts = {name: getattr(text, name, None) for name in names}
+    types = getattr(text, "layer_types", None)
+    return {**facts, "rope_theta": theta, "layer_types": types and list(types)}
+
+
+# ---- one layer
+
+
+def _export(layer: object, index: int) -> tuple[dict, dict[str, Tensor]]:
+    """What the metadata and the tensors of a file say of a layer."""
+    if isinstance(layer, TurboLayer):
+        row = {
+            "kind": "turbo",
+            "layer_k_bits": layer.settings.k_bits,
+            "layer_v_bits": layer.settings.v_bits,
+        }
+        store = layer.synced_store()
+        if store is not None and store.is_calibrated:
+            stored, tensors = store_files.export_store(store)
+            dtype = str(layer.dtype).removeprefix("torch.")
+            return {**row, "state": "quantized", "dtype": dtype, **stored}, tensors
+        if store is None and layer.get_seq_length():
+            exact = dict(zip(("keys", "values"), layer.tensors()["exact"], strict=True))
+            padding = layer.padding.tolist()
+            return {**row, "state": "exact", "padding": padding, **_kv_row(exact)}, exact
+        return {**row, "state": "empty"}, {}
+    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+        is_sliding = type(layer) is DynamicSlidingWindowLayer
+        row = {"kind": "sliding" if is_sliding else "dynamic"}
+        if is_sliding:
+            row |= {"sliding_window": layer.sliding_window, "seen": layer.cumulative_length}
+        if not layer.is_initialized or layer.keys is None or not layer.keys.numel():
+            return {**row, "state": "empty"}, {}
+        held = {"keys": layer.keys, "values": layer.values}
+        return {**row, "state": "exact", **_kv_row(held)}, held
+    if linear.is_linear(layer):
+        if getattr(layer, "record_past", False):
+            raise NotImplementedError(
+                f"TurboCache.save: layer {index} records past states for assisted decoding, which "
+                "a file cannot hold"
+            )
+        states, flags = linear.export_linear(layer)
+        shapes = {name: list(state.shape) for name, state in states.items()}
+        return {"kind": "linear", "states": shapes, **flags}, states
+    if linear.is_dummy(layer):
+        return {"kind": "dummy"}, {}
+    raise NotImplementedError(
+        f"TurboCache.save: layer {index} is a {type(layer).__name__}, which has no file format"
+    )
+
+
+def _kv_row(held: dict[str, Tensor]) -> dict:
+    k, v = held["keys"], held["values"]
+    dtype = str(k.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "k_shape": list(k.shape), "v_shape": list(v.shape)}
+
+
+def _form(row: dict, layer: object, field: str) -> dict[str, tuple]:
+    """Checks a layer's row; returns dtype and shape of its tensors."""
+    kind = row.get("kind")
+    expected = _export(layer, 0)[0]["kind"]
+    check(kind == expected, f"{field}.kind", repr(expected), kind)
+    if kind == "dummy":
+        check_names(row, {"kind"}, field)
+        return {}
+    if kind == "linear":
+        return linear.linear_form(row, layer, field, _STATE_DTYPES)
+    names = {"turbo": {"layer_k_bits", "layer_v_bits"}, "sliding": {"sliding_window", "seen"}}
+    common = {"kind", "state", *names.get(kind, ())}
+    state = row.get("state")
+    states = ("empty", "exact", "quantized") if kind == "turbo" else ("empty", "exact")
+    check(state in states, f"{field}.state", f"one of {states}", state)
+    if kind == "sliding":
+        window = layer.sliding_window
+        check(
+            row["sliding_window"] == window,
+            f"{field}.sliding_window",
+            window,
+            row["sliding_window"],
+        )
+        get_int(row, "seen", field, 0)
+        if state == "empty":
+            check(row["seen"] == 0, f"{field}.seen", "0 without keys", row["seen"])
+    if state == "empty":
+        check_names(row, common, field)
+        return {}
+    dtype = row.get("dtype")
+    check(dtype in _DTYPES, f"{field}.dtype", f"one of {sorted(_DTYPES)}", dtype)
+    if state == "quantized":
+        stored = {
+            "batch",
+            "kv_heads",
+            "head_dim",
+            "num_tokens",
+            "padding",
+            "k_bits",
+            "v_bits",
+            "blocks",
+            "calibrated",
+        }
+        check_names(row, {*common, "dtype", *stored}, field)
+        check(_DTYPES[dtype] is not torch.float64, f"{field}.dtype", "a quantizable one", dtype)
+        calibrates = layer.settings.balance or layer.settings.subtract_mean
+        check(row["calibrated"] == calibrates, f"{field}.calibrated", calibrates, row["calibrated"])
+        return file_format.store_form(row, field)
+    padded = {"padding"} if kind == "turbo" else set()
+    check_names(row, {*common, "dtype", "k_shape", "v_shape", *padded}, field)
+    shapes = {name: get_ints(row, name, field, 0) for name in ("k_shape", "v_shape")}
+    for name, shape in shapes.items():
+        check(len(shape) == 4, f"{field}.{name}", "4 long", len(shape))
+    k_shape, v_shape = shapes.values()
+    if kind == "sliding":
+        held = min(row["seen"], layer.sliding_window - 1)
+        check(k_shape[2] == held, f"{field}.k_shape", f"[..., {held}, head_dim]", k_shape)
+    check(k_shape[:3] == v_shape[:3], f"{field}.v_shape", f"{k_shape[:3]} and more", v_shape)
+    if padded:
+        padding = get_ints(row, "padding", field, 0, k_shape[2])
+        check(len(padding) == k_shape[0], f"{field}.padding", f"{k_shape[0]} long", len(padding))
+    return {"keys": (_DTYPES[dtype], k_shape), "values": (_DTYPES[dtype], v_shape)}
+
+
+def _restore(
+    row: dict, layer: object, held: dict[str, Tensor], field: str, device: torch.device
+) -> None:
+    if row["kind"] == "linear":
+        linear.restore_linear(layer, row, {n: t.to(device) for n, t in held.items()})
+    elif row["kind"] != "dummy" and row["state"] == "quantized":
+        file_format.check_store(row, held, layer.settings.sink_pages, field)
+        layer.restore_store(row, held, _DTYPES[row["dtype"]], device)
+    elif row["kind"] != "dummy" and row["state"] == "exact":
+        k, v = (held[name].to(device) for name in ("keys", "values"))
+        if row["kind"] == "turbo":
+            layer.restore_exact(k, v, np.array(row["padding"], dtype=np.int64))
+        else:
+            layer.lazy_initialization(k, v)
+            layer.keys, layer.values = k, v
+            if row["kind"] == "sliding":
+                layer.cumulative_length = row["seen"]

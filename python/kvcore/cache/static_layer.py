@@ -1,0 +1,187 @@
+"""The layer of a :class:`kvcore.cache.TurboCache` with ``max_cache_len``."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvcore.cache import compat, store_files
+from kvcore.cache.padding import PaddingTracker
+from kvcore.cache.settings import TurboSettings
+from kvcore.cache.static_store import StaticStore
+from kvcore.cache.turbo_layer import TurboLayer
+from kvcore.cache.view import LazyKV, Snapshot
+
+
+class StaticView:
+    """K or V inside a compiled graph, which cannot hold a :class:`~kvcore.cache.view.LazyKV`."""
+
+    def __init__(self, layer: StaticTurboLayer, kv_idx: int) -> None:
+        self.layer = layer
+        self.kv_idx = kv_idx
+
+
+class StaticTurboLayer(TurboLayer):
+    """K and V of one layer in memory that is allocated once and changed in place.
+
+    The prompt runs eagerly and its first update calibrates, however few tokens it has: nothing can
+    be held back for later in a compiled graph. Compiled steps then store and attend without the
+    host: they hold no padding, and their mask is taken to be causal over what the prompt stored.
+
+    With an attention implementation other than ``kvcore``, :meth:`update` returns K and V rebuilt
+    over the whole capacity, as ``StaticLayer`` does.
+    """
+
+    is_compileable = True
+
+    def __init__(
+        self,
+        settings: TurboSettings | None = None,
+        tracker: PaddingTracker | None = None,
+        layer_idx: int = 0,
+        *,
+        max_cache_len: int,
+    ) -> None:
+        self.max_cache_len = max_cache_len
+        # A tensor, so that a compiled step does not depend on its value.
+        self.cumulative_length = torch.zeros((), dtype=torch.int64)
+        super().__init__(settings, tracker, layer_idx)
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._shifts: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Adopts batch, heads, head_dim, dtype and device, and allocates everything."""
+        super().lazy_initialization(key_states, value_states)
+        if self.unsupported is not None:
+            raise ValueError(
+                f"TurboLayer: max_cache_len needs K and V that can be quantized, got unsupported "
+                f"{self.unsupported}"
+            )
+        self.store = StaticStore(self.settings, self._k_shape, self.max_cache_len, self.device)
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        self._shifts = torch.zeros(self._k_shape[0], dtype=torch.int64, device=self.device)
+        if not torch.compiler.is_compiling():
+            held = [tensor for kind in self.tensors().values() for tensor in kind]
+            for tensor in (*held, self.cumulative_length):
+                torch._dynamo.mark_static_address(tensor)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Stores new tokens; see :class:`TurboLayer`."""
+        if not torch.compiler.is_compiling() or not self.is_initialized:
+            return super().update(key_states, value_states)
+        self.store.append_op(key_states, value_states, None)
+        self.cumulative_length.add_(key_states.shape[2])
+        if self.tracker.native:
+            return StaticView(self, 0), StaticView(self, 1)
+        return self.rebuild()
+
+    def _update_store(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        store, num_new = self.store, k.shape[2]
+        self._sync()
+        first = store.num_tokens == 0 and not store.is_calibrated
+        room = (0, 0, 0, self.max_cache_len - num_new)
+        if first and not self.tracker.native and room[3] >= 0:
+            exact = torch.nn.functional.pad(k, room), torch.nn.functional.pad(v, room)
+        else:
+            exact = k, v
+        padding = self.tracker.new_padding(store.batch, store.num_tokens, num_new, store.padding)
+        if not store.is_calibrated and num_new:
+            none = np.zeros(store.batch, dtype=np.int64)
+            store.begin(k.detach(), v.detach(), none if padding is None else padding)
+        elif num_new:
+            store.append(k.detach(), v.detach(), padding)
+        # From here on nothing is allocated: an update that fails has not happened.
+        self._publish()
+        if first:
+            return exact
+        snapshot = Snapshot(self, None if self.tracker.native else self.max_cache_len)
+        return LazyKV(snapshot, 0), LazyKV(snapshot, 1)
+
+    def rebuild(self) -> tuple[Tensor, Tensor]:
+        """K and V ``[batch, kv_heads, max_cache_len, head_dim]`` without the host's help.
+
+        Columns that hold no token are finite; the mask hides them.
+        """
+        store = self.store
+        k, v = store.dequantize_left(self.max_cache_len, self.dtype)
+        columns = torch.arange(self.max_cache_len, device=self.device)
+        columns = (columns - self._shifts[:, None]).clamp(min=0)[:, None, :, None].expand_as(k)
+        return k.gather(2, columns), v.gather(2, columns)
+
+    def _sync(self) -> None:
+        if self.store is not None:
+            self.store.sync(int(self.cumulative_length))
+
+    def _publish(self) -> None:
+        self.cumulative_length.fill_(self.store.num_tokens)
+        self._shifts.copy_(torch.from_numpy(self.store.padding))
+
+    def dequantize(self) -> tuple[Tensor, Tensor]:
+        self._sync()
+        return super().dequantize()
+
+    def _read(self, kv_idx: int) -> Tensor | None:
+        self._sync()
+        return super()._read(kv_idx)
+
+    def get_seq_length(self, *args: object) -> int | Tensor:
+        """Tokens given to the layer, padding counted: a tensor once there are any."""
+        return self.cumulative_length if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """The capacity, and no offset."""
+        return self.max_cache_len, 0
+
+    def get_max_length(self) -> int:
+        """The capacity."""
+        return self.max_cache_len
+
+    get_max_cache_shape = get_max_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drops the newest tokens; see :meth:`TurboLayer.crop`."""
+        if self.store is None:
+            return
+        self._sync()
+        left = compat.length_after_crop(tokens_to_remove, self.store.num_tokens)
+        if left < self.store.num_tokens:
+            self.store.rewind(left)
+            self._publish()
+            self._changed()
+
+    def reset(self) -> None:
+        """Forgets all tokens; the memory stays."""
+        if self.store is not None:
+            self.store.clear()
+            self._publish()
+        self._changed()
+
+    def _select(self, indices: list[int]) -> None:
+        self._sync()
+        super()._select(indices)
+        self._publish()
+
+    def synced_store(self) -> StaticStore | None:
+        self._sync()
+        return self.store
+
+    def restore_store(
+        self, row: dict, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._adopt_shape((row["batch"], row["kv_heads"], row["head_dim"]), dtype, device)
+        store_files.fill_store(self.store, row, tensors)
+        self._publish()
+
+    def restore_exact(self, k: Tensor, v: Tensor, padding: np.ndarray) -> None:
+        raise ValueError("TurboLayer: a layer with max_cache_len holds nothing exactly")
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        kinds = super().tensors()
+        if self._shifts is not None:
+            kinds["tail"] = [*kinds["tail"], self._shifts]
+        return kinds
