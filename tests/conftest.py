@@ -7,7 +7,11 @@ settings.register_profile("kvcore", deadline=None, derandomize=True, print_blob=
 settings.load_profile("kvcore")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if "slow" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="long run; select it with -m slow"))
     if torch.cuda.is_available():
         return
     for item in items:
