@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import kvcore
 from kvcore import eval as kv_eval
 
 transformers = pytest.importorskip("transformers")
@@ -22,12 +23,12 @@ _SHAPE = {
 }
 
 
-def _model(name):
+def _model(name, shape=_SHAPE):
     if name == "llama":
-        config = transformers.LlamaConfig(**_SHAPE)
+        config = transformers.LlamaConfig(**shape)
     else:
         config = transformers.Qwen3NextConfig(
-            **_SHAPE,
+            **shape,
             layer_types=["linear_attention", "full_attention"],
             linear_key_head_dim=16,
             linear_value_head_dim=16,
@@ -208,3 +209,25 @@ def test_cache_bytes(model):
     else:  # recurrent [3, 2, 16, 16] in fp32 and a convolution window of 4 over 64 channels
         assert sizes.state == 3 * 2 * 16 * 16 * 4 + 3 * 64 * 4 * 4
     assert sizes.total == sizes.kv + sizes.state
+
+
+@pytest.mark.parametrize("bits", [8, 2])
+def test_prefilled_cache_is_what_the_prompt_leaves(model, bits):
+    """A prompt run once serves every cache: bit by bit what each would get from its own run."""
+    model = _model(model.config.model_type, dict(_SHAPE, head_dim=64))
+    tokens = _tokens(length=200)
+    prefilled = kv_eval.prefill(model, tokens[:, :150])
+    for cache, enabled in (
+        (lambda: transformers.DynamicCache(config=model.config), False),
+        (lambda: kvcore.cache.TurboCache(model.config, k_bits=bits, v_bits=bits), True),
+    ):
+        if enabled:
+            kvcore.hf.enable(model)
+        kwargs = {"context_len": 150, "chunk": 16}
+        own = kv_eval.stepwise_scores(model, cache, tokens, **kwargs)
+        for _ in range(2):  # what was prefilled is not used up
+            shared = kv_eval.stepwise_scores(model, cache, tokens, prefilled=prefilled, **kwargs)
+            assert torch.equal(own, shared)
+    kvcore.hf.disable(model)
+    with pytest.raises(ValueError, match="prefilled must hold context_len = 149 tokens, got 150"):
+        kv_eval.stepwise_scores(model, cache, tokens, context_len=149, prefilled=prefilled)

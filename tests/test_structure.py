@@ -201,14 +201,16 @@ LAYERS = {
     "hf": {"hf", "cache", "ops", "_native"},
     "eval": {"eval", "hf", "cache", "ops", "reference", "_native"},
     "demo": {"demo", "eval", "hf", "cache", "ops", "_native"},
+    "doctor": {"doctor", "demo", "eval", "hf", "cache", "ops", "reference", "_native", "_C"},
 }
 # Third-party packages beside torch, by layer. Only what the demo and the evaluation need.
 THIRD_PARTY = {
-    # transformers requires the other two.
+    # transformers requires numpy, safetensors and tqdm.
     "cache": {"numpy", "safetensors", "transformers"},
     "hf": {"transformers"},
     "eval": {"transformers", "safetensors"},
-    "demo": {"numpy", "safetensors", "transformers"},
+    "demo": {"matplotlib", "numpy", "safetensors", "tqdm", "transformers"},
+    "doctor": {"transformers"},
     "cli": {"transformers", "safetensors"},
 }
 

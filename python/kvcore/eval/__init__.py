@@ -14,7 +14,7 @@ from kvcore.eval.metrics import (
     paired_ratio_interval,
 )
 from kvcore.eval.sizes import CacheBytes, cache_bytes
-from kvcore.eval.stepwise import stepwise_scores
+from kvcore.eval.stepwise import prefill, stepwise_scores
 
 __all__ = [
     "CacheBytes",
@@ -26,5 +26,6 @@ __all__ = [
     "kl_divergence",
     "mean_interval",
     "paired_ratio_interval",
+    "prefill",
     "stepwise_scores",
 ]

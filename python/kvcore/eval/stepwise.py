@@ -6,6 +6,7 @@ So a context is prefilled, and the tokens after it are fed in steps that attend 
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,34 @@ def _forward(model: Any, tokens: Tensor, cache: Any, last_only: bool) -> Tensor:
     return model(input_ids=tokens, past_key_values=cache, use_cache=True, **kwargs).logits
 
 
+def fill_from_prefill(cache: Any, prefilled: Any) -> None:
+    """Gives an empty cache what the same prompt left in a full cache.
+
+    That is what the prompt's own forward pass would have given it, as long as attention over a
+    prompt does not read the cache (kvcore's caches return the exact K and V of the first update). A
+    prompt then has to be run once for any number of caches.
+
+    Args:
+        cache: a new `Cache`; layers of other types than `prefilled`'s get K and V by ``update``.
+        prefilled: a transformers `DynamicCache` of one forward pass; it stays as it is.
+    """
+    for index, layer in enumerate(prefilled.layers):
+        if type(cache.layers[index]) is type(layer):
+            cache.layers[index] = copy.deepcopy(layer)
+        else:
+            cache.layers[index].update(layer.keys, layer.values)
+
+
+def prefill(model: Any, tokens: Tensor) -> Any:
+    """A full `DynamicCache` that holds tokens, int64 ``[batch, length]``."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        _forward(model, tokens, cache, last_only=True)
+    return cache
+
+
 def stepwise_scores(
     model: Any,
     cache_factory: Callable[[], Any],
@@ -31,6 +60,7 @@ def stepwise_scores(
     context_len: int,
     chunk: int = 1,
     positions: Tensor | None = None,
+    prefilled: Any | None = None,
     on_cache: Callable[[Any], None] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
@@ -50,6 +80,8 @@ def stepwise_scores(
             are read at their final width by the whole step, so quality is never flattered.
         positions: int64 ``[n]``, ascending: keep only the predictions made by tokens at these
             positions of the sequence (in ``[context_len, length - 2]``).
+        prefilled: what `prefill` made of the first `context_len` tokens; the prompt is then not run
+            again. See `fill_from_prefill` for when that is the same.
         on_cache: called with the filled cache at the end.
         on_step: called after each forward pass with the number of tokens it took.
 
@@ -70,6 +102,11 @@ def stepwise_scores(
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     keep = torch.zeros(length, dtype=torch.bool)
+    if prefilled is not None and prefilled.get_seq_length() != context_len:
+        raise ValueError(
+            f"prefilled must hold context_len = {context_len} tokens, got "
+            f"{prefilled.get_seq_length()}"
+        )
     if positions is None:
         keep[context_len : length - 1] = True
     else:
@@ -85,9 +122,12 @@ def stepwise_scores(
     cache = cache_factory()
     kept = []
     with torch.no_grad():
-        _forward(model, tokens[:, :context_len], cache, last_only=True)
-        if on_step is not None:
-            on_step(tokens.shape[0] * context_len)
+        if prefilled is not None:
+            fill_from_prefill(cache, prefilled)
+        else:
+            _forward(model, tokens[:, :context_len], cache, last_only=True)
+            if on_step is not None:
+                on_step(tokens.shape[0] * context_len)
         for start in range(context_len, length - 1, chunk):
             stop = min(start + chunk, length - 1)
             logits = _forward(model, tokens[:, start:stop], cache, last_only=False)

@@ -1,0 +1,292 @@
+"""The ``kvcore`` command.
+
+Exit codes: 0 for success, 1 for a check that failed, 2 for a mistake in the call (one line on
+standard error), 130 for an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+MODEL_HELP = "hybrid or control (shipped), the folder of a checkpoint, or a Hugging Face model id"
+
+
+class UserError(Exception):
+    """A mistake in the call: reported in one line, without a traceback."""
+
+
+def _write_json(path: str, value: Any) -> None:
+    text = json.dumps(value, indent=2) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(path).write_text(text)
+    except OSError as error:
+        raise UserError(f"--json {path}: {error.strerror}") from error
+
+
+def _read_text(path: str) -> str:
+    try:
+        if path == "-":
+            return sys.stdin.buffer.read().decode(errors="replace")
+        return Path(path).read_bytes().decode(errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+
+
+def _need_transformers() -> None:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            "this command needs transformers, which is not installed; run pip install 'kvcore[hf]'"
+        ) from error
+    # Its notes on optional kernels and generation flags are not about this command.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device must be a torch device such as cpu, got {name}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device is {name}, but torch finds no GPU")
+
+
+def _load_model(name: str, **kwargs: Any) -> Any:
+    from kvcore.demo import models, textmodel
+
+    _check_device(kwargs["device"])
+    if name in models.NAMES:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is here, so nothing may be asked for
+    _need_transformers()
+    try:
+        return textmodel.load(name, **kwargs)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from kvcore import doctor
+
+    if args.text is not None and args.model is None:
+        raise UserError("--text needs --model")
+    text = _read_text(args.text) if args.text is not None else None
+    diagnosis = doctor.diagnose()
+    if args.model is not None:
+        loaded = _load_model(args.model, dtype=args.dtype, device=args.device)
+        try:
+            diagnosis["model"] = doctor.examine(loaded, text, max_tokens=args.max_tokens)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    if args.json is not None:
+        _write_json(args.json, diagnosis)
+    if args.json != "-":
+        print(doctor.render(diagnosis))
+    return 0 if doctor.healthy(diagnosis) else 1
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from kvcore.demo.caches import CacheChoice
+    from kvcore.demo.generate import generate
+
+    try:
+        choice = CacheChoice(
+            args.cache,
+            args.k_bits,
+            args.v_bits,
+            args.sink_pages,
+            args.low_bit_heads,
+            args.balance,
+            args.subtract_mean,
+        )
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")  # the settings' names are the options'
+        raise UserError(f"--{name.replace('_', '-')} {rest}") from error
+    text = args.prompt if args.prompt is not None else _read_text(args.prompt_file)
+    loaded = _load_model(args.model, dtype=args.dtype, device=args.device, chat=args.chat)
+    prompt = loaded.encode(text)
+    if prompt.shape[1] == 0:
+        raise UserError("the prompt is empty")
+    total = prompt.shape[1] + args.max_new_tokens
+    if loaded.max_positions is not None and total > loaded.max_positions:
+        raise UserError(
+            f"the prompt's {prompt.shape[1]} tokens and {args.max_new_tokens} new ones exceed the "
+            f"{loaded.max_positions} positions of {args.model}; shorten the prompt"
+        )
+    decoder = loaded.decoder()
+
+    def show(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    try:
+        result = generate(
+            loaded.model,
+            prompt,
+            choice,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            seed=args.seed,
+            on_token=lambda token: show(decoder.push(token)),
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    show(decoder.finish() + "\n")
+    sizes = result.bytes
+    state = f" and {sizes.state:,} bytes of recurrent state" if sizes.state else ""
+    print(
+        f"{choice.label} cache: {result.prompt_len} + {len(result.tokens)} tokens in "
+        f"{sizes.kv:,} bytes of K and V{state} ({result.bytes_16bit / sizes.kv:.2f}x smaller than "
+        f"16 bit); prefill {result.prefill_seconds:.2f} s, then "
+        f"{result.tokens_per_second:.1f} tokens/s",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        metavar="DTYPE",
+        help="auto (as stored; float32 for the shipped models), float32, bfloat16 or float16",
+    )
+    parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
+
+
+def _doctor_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="say what runs here, check every op, and recommend bits for a model",
+        description="Prints the versions, libraries and CPU instruction sets in use, runs each op "
+        "against its reference, and says why anything is not used. With --model it also runs the "
+        "model on a text and measures, per layer, outlier channels of K, QK norm, and the error of "
+        "attention at each bit width. Exit code 1 if an op fails.",
+    )
+    parser.add_argument("--model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--text", metavar="FILE", help="text to run the model on (default: a source file of Python)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=1024, metavar="N", help="of that text (default 1024)"
+    )
+    _add_model_options(parser)
+    parser.add_argument("--json", metavar="FILE", help="write the findings there; - prints them")
+    parser.set_defaults(run=_doctor)
+
+
+def _generate_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="continue a prompt with the full or a compressed cache",
+        description="Streams the continuation of a prompt to standard output and then reports the "
+        "cache's bytes and the speed on standard error.",
+    )
+    parser.add_argument("--model", required=True, metavar="MODEL", help=MODEL_HELP)
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt-file", metavar="FILE", help="- reads standard input")
+    prompt.add_argument("--prompt", metavar="TEXT")
+    parser.add_argument("--chat", action="store_true", help="apply the model's chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="default 0: most likely token"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
+    cache = parser.add_argument_group("cache")
+    cache.add_argument("--cache", default="turbo", metavar="KIND", help="turbo (default) or full")
+    for name in ("k", "v"):
+        cache.add_argument(
+            f"--{name}-bits", type=int, default=4, metavar="B", help="8, 4 (default) or 2"
+        )
+    cache.add_argument(
+        "--sink-pages", type=int, default=1, metavar="N", help="first pages of 64 tokens at 8 bit"
+    )
+    cache.add_argument(
+        "--low-bit-heads", type=float, default=0.0, metavar="F", help="share of kv heads at 2 bit"
+    )
+    cache.add_argument(
+        "--no-balance", dest="balance", action="store_false", help="no per-channel balance of K"
+    )
+    cache.add_argument(
+        "--no-mean", dest="subtract_mean", action="store_false", help="keep the channel mean in K"
+    )
+    _add_model_options(parser)
+    parser.set_defaults(run=_generate)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    _need_transformers()
+    from kvcore.demo import run
+
+    try:
+        return run.main(
+            names=args.model or None, quick=args.quick, json_path=args.json, plot_path=args.plot
+        )
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+
+
+def _demo_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="compare full and compressed caches on two small models shipped with kvcore",
+        description="Generates from a source file of the running Python with the full cache and "
+        "with TurboCache at several widths, measures what each costs in quality on held-out text "
+        "and recall, and prints a table. Takes minutes; downloads nothing.",
+    )
+    parser.add_argument(
+        "--model", action="append", metavar="NAME", help="hybrid or control (default both)"
+    )
+    parser.add_argument("--quick", action="store_true", help="less than a minute, wider intervals")
+    parser.add_argument("--json", metavar="FILE", help="write all figures there")
+    parser.add_argument(
+        "--plot",
+        default="kvcore-demo.png",
+        metavar="FILE",
+        help="plot of quality against bytes (default kvcore-demo.png; needs matplotlib)",
+    )
+    parser.set_defaults(run=_demo)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
+    import kvcore
+
+    parser = argparse.ArgumentParser(
+        prog="kvcore", description="Attention over a compressed KV cache."
+    )
+    parser.add_argument("--version", action="version", version=f"kvcore {kvcore.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
+    _doctor_parser(commands)
+    _demo_parser(commands)
+    _generate_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv` (default: this process's) and returns the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except UserError as error:
+        print(f"kvcore {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe left (`| head`); a second failure at exit would print a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

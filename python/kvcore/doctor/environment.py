@@ -1,0 +1,133 @@
+"""What this installation is made of, and why something better is not used."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import torch
+
+import kvcore
+from kvcore import _native
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _isa() -> dict[str, Any]:
+    """Levels that are built and supported, and the active one; ``reason`` if they are unknown."""
+    override = os.environ.get("KVCORE_CPU_ISA")
+    library = _native.status().get("_C")
+    if library is None or not library.loaded:
+        reason = f"kvcore._C is not loaded: {library.reason if library else 'not built'}"
+        return {"override": override, "reason": reason}
+    host = importlib.import_module("kvcore._C")
+    try:
+        return {**host.cpu_isa(), "override": override}
+    except RuntimeError as error:
+        return {"override": override, "reason": str(error)}
+
+
+def _build() -> dict[str, Any] | None:
+    library = _native.status().get("_C")
+    if library is None or not library.loaded:
+        return None
+    return dict(importlib.import_module("kvcore._C").build_info())
+
+
+def _gpus() -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        return []
+    return [
+        {
+            "name": torch.cuda.get_device_name(i),
+            "arch": "sm_{}{}".format(*torch.cuda.get_device_capability(i)),
+            "memory_bytes": torch.cuda.get_device_properties(i).total_memory,
+        }
+        for i in range(torch.cuda.device_count())
+    ]
+
+
+def collect() -> dict[str, Any]:
+    """Versions, native libraries, CPU instruction sets and GPUs, as JSON-ready values."""
+    return {
+        "kvcore": kvcore.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "torch_threads": torch.get_num_threads(),
+        "transformers": _version("transformers"),
+        "libraries": [
+            {
+                "name": name,
+                "path": str(library.path),
+                "loaded": library.loaded,
+                "reason": library.reason,
+            }
+            for name, library in _native.status().items()
+        ],
+        "build": _build(),
+        "cpu_isa": _isa(),
+        "gpus": _gpus(),
+    }
+
+
+def fallbacks(env: dict[str, Any]) -> list[dict[str, str]]:
+    """Each thing that is not used here, with its reason and what to do about it."""
+    found = []
+
+    def add(what: str, reason: str, remedy: str) -> None:
+        found.append({"what": what, "reason": reason, "remedy": remedy})
+
+    libraries = {library["name"]: library for library in env["libraries"]}
+    cuda = libraries.get("kvcore_cuda")
+    if cuda is not None and not cuda["loaded"]:
+        remedy = "rebuild with nvcc on the PATH and KVCORE_CUDA=ON"
+        if env["torch_cuda"] is None:
+            remedy = "install a CUDA build of torch, then rebuild kvcore"
+        add("CUDA kernels: CUDA tensors are refused", cuda["reason"], remedy)
+    elif cuda is not None and not env["gpus"]:
+        add("CUDA kernels", "torch finds no GPU", "check the driver with nvidia-smi")
+
+    host = libraries.get("_C")
+    if host is not None and not host["loaded"]:
+        add(
+            "page allocator and ISA information (kvcore._C)",
+            host["reason"],
+            f"build for this Python: {_native.INSTALL}",
+        )
+
+    isa = env["cpu_isa"]
+    if "active" in isa:
+        best = isa["supported"][-1]
+        if isa["active"] != best:
+            add(
+                f"CPU kernels at {best}",
+                f"KVCORE_CPU_ISA={isa['override']} asks for {isa['active']}",
+                "unset KVCORE_CPU_ISA",
+            )
+        unsupported = [level for level in isa["built"] if level not in isa["supported"]]
+        if unsupported:
+            add(
+                f"CPU kernels at {', '.join(unsupported)}",
+                "this CPU or operating system does not support them",
+                f"none needed: {isa['active']} is used",
+            )
+    elif isa.get("reason") and not (host is not None and not host["loaded"]):
+        add("CPU kernels", isa["reason"], "unset KVCORE_CPU_ISA or name a supported level")
+
+    if env["transformers"] is None:
+        add(
+            "caches for Hugging Face models (kvcore.cache, kvcore.hf)",
+            "transformers is not installed",
+            "pip install 'kvcore[hf]'",
+        )
+    return found
