@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 
@@ -18,6 +19,7 @@ using torch::stable::new_empty;
 using torch::stable::new_zeros;
 
 constexpr int kWidths[] = {8, 4, 2};  // in the order of pool8, pool4, pool2
+constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max();  // seq_lens is int32
 
 float check_tail_margin(const char* op, double tail_margin) {
   const float margin = static_cast<float>(tail_margin);
@@ -71,9 +73,9 @@ void check_append_values(const char* op, const AppendParams& p, const HostValues
   for (int64_t b = 0; b < store.batch; ++b) {
     const int64_t seq_len = seq_lens[b];
     const int64_t num_new = p.num_new - (left_padding.readable() ? left_padding[b] : 0);
-    KV_CHECK(num_new <= std::numeric_limits<int32_t>::max() - seq_len, op, "k",
-             "at most " + std::to_string(std::numeric_limits<int32_t>::max() - seq_len) +
-                 " new tokens for sequence " + std::to_string(b),
+    KV_CHECK(num_new <= kMaxTokens - seq_len, op, "k",
+             "at most " + std::to_string(kMaxTokens - seq_len) + " new tokens for sequence " +
+                 std::to_string(b),
              num_new);
     const int64_t page_begin = seq_len / kPageTokens;
     const int64_t page_end = (seq_len + num_new) / kPageTokens;
@@ -92,6 +94,56 @@ void check_append_values(const char* op, const AppendParams& p, const HostValues
   const auto twice = std::adjacent_find(written.begin(), written.end());
   KV_CHECK(twice == written.end(), op, "block_table",
            "distinct entries for the pages that become full", std::to_string(*twice) + " twice");
+}
+
+// Which pages turbo_quantize fills, and how wide they are.
+struct QuantizePlan {
+  int64_t batch, kv_heads, kv_len, sink_pages;
+  const HostValues& padding;
+  const std::vector<int64_t>* bits[2];  // of K and V: one for all heads or one for each
+
+  int64_t max_pages() const { return kv_len / kPageTokens; }
+  int64_t pages(int64_t batch_idx) const {
+    return (kv_len - (padding.readable() ? padding[batch_idx] : 0)) / kPageTokens;
+  }
+};
+
+// Position in kWidths.
+int width_index(int64_t bits) { return bits == 8 ? 0 : bits == 4 ? 1 : 2; }
+
+// Blocks of each width. An expanded input can have more sequences and heads than could be counted
+// one by one, so only what lies in memory is looped over.
+std::array<int64_t, 3> count_blocks(const QuantizePlan& plan) {
+  const int64_t most_sinks = std::min(plan.sink_pages, plan.max_pages());
+  int64_t sinks = plan.batch * most_sinks, others = plan.batch * plan.max_pages() - sinks;
+  if (plan.padding.readable()) {
+    sinks = others = 0;
+    for (int64_t b = 0; b < plan.batch; ++b) {
+      sinks += std::min(most_sinks, plan.pages(b));
+      others += std::max<int64_t>(plan.pages(b) - most_sinks, 0);
+    }
+  }
+  std::array<int64_t, 3> counts{2 * plan.kv_heads * sinks, 0, 0};
+  for (const std::vector<int64_t>* widths : plan.bits) {
+    const int64_t heads = widths->size() == 1 ? plan.kv_heads : 1;
+    for (const int64_t bits : *widths) counts[width_index(bits)] += heads * others;
+  }
+  return counts;
+}
+
+// Pages in the order of (batch, K|V, head, page), each taking the next block of its width.
+void fill_table(const QuantizePlan& plan, const int64_t (&slab_of_width)[3], int32_t* entries) {
+  int64_t next[3] = {};
+  for (int64_t row = 0; row < plan.batch * 2 * plan.kv_heads; ++row) {
+    const int64_t head = row % plan.kv_heads;
+    const std::vector<int64_t>& widths = *plan.bits[row / plan.kv_heads % 2];
+    const int64_t bits = widths[widths.size() == 1 ? 0 : head];
+    const int64_t pages = plan.pages(row / (2 * plan.kv_heads));
+    for (int64_t page = 0; page < plan.max_pages(); ++page, ++entries) {
+      const int width = width_index(page < plan.sink_pages ? 8 : bits);
+      *entries = page < pages ? block_entry(slab_of_width[width], next[width]++) : -1;
+    }
+  }
 }
 
 }  // namespace
@@ -152,7 +204,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> turbo
   const int64_t batch = k.size(0), kv_heads = k.size(1), kv_len = k.size(2), head_dim = k.size(3);
   const Calibration calibration =
       check_calibration(kOp, k_balance, k_mean, k, batch, kv_heads, head_dim);
-  KV_CHECK(kv_len <= std::numeric_limits<int32_t>::max(), kOp, "k", "at most 2147483647 tokens",
+  KV_CHECK(kv_len <= kMaxTokens, kOp, "k", "at most " + std::to_string(kMaxTokens) + " tokens",
            kv_len);
   check_bits(kOp, "k_bits", k_bits, kv_heads);
   check_bits(kOp, "v_bits", v_bits, kv_heads);
@@ -161,48 +213,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> turbo
   // The sizes of the outputs depend on the padding, so it is read whatever check_values says.
   const HostValues padding = check_left_padding(kOp, left_padding, k, batch, kv_len, true);
 
-  // Pages in the order of (batch, K|V, head, page), each taking the next block of its width.
-  const int64_t max_pages = kv_len / kPageTokens;
-  const auto for_each_page = [&](const auto& visit) {
-    for (int64_t row = 0; row < batch * 2 * kv_heads; ++row) {
-      const int64_t b = row / (2 * kv_heads), kv = row / kv_heads % 2, head = row % kv_heads;
-      const std::vector<int64_t>& widths = kv == 0 ? k_bits : v_bits;
-      const int64_t bits = widths[widths.size() == 1 ? 0 : head];
-      const int64_t pages = (kv_len - (padding.readable() ? padding[b] : 0)) / kPageTokens;
-      for (int64_t page = 0; page < pages; ++page) {
-        const int64_t page_bits = page < sink_pages ? 8 : bits;
-        visit(row * max_pages + page, page_bits == 8 ? 0 : page_bits == 4 ? 1 : 2);
-      }
-    }
-  };
-  int64_t num_blocks[3] = {};
-  for_each_page([&](int64_t, int width) { ++num_blocks[width]; });
+  const QuantizePlan plan{batch, kv_heads, kv_len, sink_pages, padding, {&k_bits, &v_bits}};
+  const std::array<int64_t, 3> num_blocks = count_blocks(plan);
+  for (int width = 0; width < 3; ++width) {
+    KV_CHECK(num_blocks[width] <= kMaxSlabBlocks, kOp, "k",
+             "of at most " + std::to_string(kMaxSlabBlocks) + " pages of " +
+                 std::to_string(kWidths[width]) + " bit",
+             num_blocks[width]);
+  }
   std::vector<Slab> slabs;
   std::vector<Tensor> pools;
   int64_t slab_of_width[3];
   for (int width = 0; width < 3; ++width) {
     const int bits = kWidths[width];
-    KV_CHECK(num_blocks[width] <= kMaxSlabBlocks, kOp, "k",
-             "of at most " + std::to_string(kMaxSlabBlocks) + " pages of " + std::to_string(bits) +
-                 " bit",
-             num_blocks[width]);
     pools.push_back(
         new_empty(k, {num_blocks[width], block_bytes(bits, head_dim)}, ScalarType::Byte));
     slab_of_width[width] = static_cast<int64_t>(slabs.size());
-    if (num_blocks[width] > 0) {
-      slabs.push_back({.data = mutable_data<uint8_t>(pools.back()),
-                       .num_blocks = num_blocks[width],
-                       .bits = bits});
-    }
+    if (num_blocks[width] == 0) continue;
+    slabs.push_back({mutable_data<uint8_t>(pools.back()), num_blocks[width], bits});
   }
+  const int64_t max_pages = plan.max_pages();
   Tensor host_table = new_empty(k, {batch, 2, kv_heads, max_pages}, ScalarType::Int, std::nullopt,
                                 torch::stable::Device(torch::headeronly::DeviceType::CPU));
-  int32_t* entries = mutable_data<int32_t>(host_table);
-  std::fill_n(entries, host_table.numel(), -1);
-  int64_t next[3] = {};
-  for_each_page([&](int64_t position, int width) {
-    entries[position] = block_entry(slab_of_width[width], next[width]++);
-  });
+  if (max_pages > 0) fill_table(plan, slab_of_width, mutable_data<int32_t>(host_table));
   Tensor block_table = k.is_cpu() ? host_table : torch::stable::to(host_table, k.device());
 
   const int64_t slot_bytes = block_bytes(8, head_dim);
@@ -310,7 +343,7 @@ std::tuple<Tensor, Tensor> turbo_dequantize(const std::vector<Tensor>& pool,
                   batch, kv_heads, head_dim, slabs);
   const Calibration calibration =
       check_calibration(kOp, k_balance, k_mean, tail, batch, kv_heads, head_dim);
-  KV_CHECK(kv_len >= 0, kOp, "kv_len", "at least 0", kv_len);
+  KV_CHECK_RANGE(kOp, kv_len, int64_t{0}, kMaxTokens);
   KV_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
            kOp, "dtype", "float32, float16 or bfloat16", binding::format_dtype(dtype));
 

@@ -13,10 +13,10 @@ Magnitude load_positions(const AppendParams& p, const AppendRange& range, int kv
   const int head_dim = static_cast<int>(s.head_dim);
   const int64_t head = (range.batch_idx * s.kv_heads + head_idx) * head_dim;
   const Calibration& c = p.calibration;
-  load_rows(kv == 0 ? p.k : p.v, kv == 0 && c.k_mean != nullptr ? c.k_mean + head : nullptr,
-            kv == 0 && c.k_balance != nullptr ? c.k_balance + head : nullptr, range.batch_idx,
-            head_idx, range.padding + begin - range.begin, end - begin, head_dim, rows);
-  return measure(rows, (end - begin) * head_dim);
+  return load_rows(kv == 0 ? p.k : p.v, kv == 0 && c.k_mean != nullptr ? c.k_mean + head : nullptr,
+                   kv == 0 && c.k_balance != nullptr ? c.k_balance + head : nullptr,
+                   range.batch_idx, head_idx, range.padding + begin - range.begin, end - begin,
+                   head_dim, rows);
 }
 
 void flush(const AppendParams& p, int64_t batch_idx, int kv, int64_t head_idx, int64_t page_idx,
@@ -42,6 +42,13 @@ int64_t buffer_row(const float* x, int head_dim, float scale, int8_t* codes) {
     store_low_bytes(codes + c, to_i32(clamp(rounded, kCodeMax)));
   }
   return static_cast<int64_t>(reduce_add(clamped));
+}
+
+bool all_finite(const float* x, int n) {
+  for (int c = 0; c < n; ++c) {
+    if (!(__builtin_fabsf(x[c]) < __builtin_inff())) return false;
+  }
+  return true;
 }
 
 // Codes of one token to their places in an 8-bit block.
@@ -71,7 +78,7 @@ void buffer_rows(const AppendParams& p, int64_t batch_idx, int kv, int64_t head_
       memset(codes, 0, sizeof codes);
     } else {
       clamped += buffer_row(rows, head_dim, scale, codes);
-      if (!finite && !measure(rows, head_dim).finite) scale = __builtin_nanf("");
+      if (!finite && !all_finite(rows, head_dim)) scale = __builtin_nanf("");
     }
     scatter_row(codes, kv, t, head_dim, slot);
   }
@@ -88,8 +95,14 @@ float append_page_kernel(const AppendParams& p, const AppendRange& range, int kv
   const int64_t begin = page_idx * kPageTokens;
   const Magnitude magnitude =
       load_positions(p, range, kv, head_idx, begin, begin + kPageTokens, rows);
-  const float scale =
-      quantize_rows(rows, magnitude, kPageTokens, static_cast<int>(p.store.head_dim), codes);
+  const int head_dim = static_cast<int>(p.store.head_dim);
+  if (page_idx < range.last_page()) {
+    const int64_t token_idx = range.padding + begin - range.begin + kPageTokens;
+    const int64_t left = range.end - begin - kPageTokens;
+    prefetch_rows(kv == 0 ? p.k : p.v, range.batch_idx, head_idx, token_idx,
+                  left < kPageTokens ? left : kPageTokens, head_dim);
+  }
+  const float scale = quantize_rows(rows, magnitude, kPageTokens, head_dim, codes);
   flush(p, range.batch_idx, kv, head_idx, page_idx, codes, scale);
   return magnitude.amax;
 }

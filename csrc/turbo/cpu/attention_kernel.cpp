@@ -10,8 +10,8 @@ void quantize_page(const InputView& x, const float* mean, const float* balance, 
                    uint8_t* block) {
   alignas(64) float rows[kPageTokens * kMaxHeadDim];
   alignas(64) int8_t codes[kPageTokens * kMaxHeadDim];
-  load_rows(x, mean, balance, batch_idx, head_idx, token_idx, num_tokens, head_dim, rows);
-  const Magnitude magnitude = measure(rows, num_tokens * head_dim);
+  const Magnitude magnitude =
+      load_rows(x, mean, balance, batch_idx, head_idx, token_idx, num_tokens, head_dim, rows);
   const float scale = quantize_rows(rows, magnitude, num_tokens, head_dim, codes);
   memset(codes + num_tokens * head_dim, 0, (kPageTokens - num_tokens) * head_dim);
   pack_block(codes, kv, 8, head_dim, scale, 0, block);

@@ -83,18 +83,37 @@ inline void deinterleave_rows(const uint8_t* in, int rows, int width, uint8_t* o
   }
 }
 
+// 16 bytes, which is half a chunk of 32 channels, whatever the level.
+typedef uint8_t HalfChunk __attribute__((vector_size(kChunk / 2)));
+typedef uint16_t HalfChunkWords __attribute__((vector_size(kChunk / 2)));
+
+inline HalfChunk load_half_chunk(const uint8_t* p) {
+  HalfChunk x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+/// Bytes below 2^(8 - shift), shifted left.
+inline HalfChunk shift_left(HalfChunk x, int shift) {
+  return (HalfChunk)((HalfChunkWords)x << static_cast<uint16_t>(shift));
+}
+/// `bits` bits of each byte from bit `shift` on.
+inline HalfChunk field(HalfChunk x, int shift, int bits) {
+  const HalfChunk mask = HalfChunk{} + static_cast<uint8_t>((1 << bits) - 1);
+  return (HalfChunk)((HalfChunkWords)x >> static_cast<uint16_t>(shift)) & mask;
+}
+
 /// Narrow codes, one in a byte, to merged rows, and back.
 inline void merge_rows(int kv, int bits, int head_dim, const uint8_t* in, uint8_t* out) {
   if (kv == 0) {
+    const auto merged = [bits](const uint8_t* row) {
+      return load_half_chunk(row) | shift_left(load_half_chunk(row + kChunk / 2), bits);
+    };
     for (int t = 0; t < packed_rows(0, bits); ++t) {
       for (int chunk = 0; chunk < head_dim; chunk += kChunk, out += kChunk / 2) {
-        const uint8_t* early = in + t * head_dim + chunk;
-        const uint8_t* late = early + kPageTokens / 2 * head_dim;
-        for (int i = 0; i < kChunk / 2; ++i) {
-          const int first = early[i] | early[i + kChunk / 2] << bits;
-          const int last = bits == 4 ? 0 : late[i] | late[i + kChunk / 2] << bits;
-          out[i] = static_cast<uint8_t>(first | last << 4);
-        }
+        const uint8_t* row = in + t * head_dim + chunk;
+        HalfChunk x = merged(row);
+        if (bits == 2) x |= shift_left(merged(row + kPageTokens / 2 * head_dim), 4);
+        memcpy(out, &x, sizeof x);
       }
     }
     return;
@@ -111,24 +130,22 @@ inline void merge_rows(int kv, int bits, int head_dim, const uint8_t* in, uint8_
   }
 }
 inline void split_rows(int kv, int bits, int head_dim, const uint8_t* in, uint8_t* out) {
-  const uint8_t mask = static_cast<uint8_t>((1 << bits) - 1);
   if (kv == 0) {
+    const auto split = [bits](HalfChunk x, int shift, uint8_t* row) {
+      const HalfChunk first = field(x, shift, bits), second = field(x, shift + bits, bits);
+      memcpy(row, &first, sizeof first);
+      memcpy(row + kChunk / 2, &second, sizeof second);
+    };
     for (int t = 0; t < packed_rows(0, bits); ++t) {
       for (int chunk = 0; chunk < head_dim; chunk += kChunk, in += kChunk / 2) {
-        uint8_t* early = out + t * head_dim + chunk;
-        uint8_t* late = early + kPageTokens / 2 * head_dim;
-        for (int i = 0; i < kChunk / 2; ++i) {
-          early[i] = in[i] & mask;
-          early[i + kChunk / 2] = in[i] >> bits & mask;
-        }
-        for (int i = 0; bits == 2 && i < kChunk / 2; ++i) {
-          late[i] = in[i] >> 4 & mask;
-          late[i + kChunk / 2] = in[i] >> 6;
-        }
+        uint8_t* row = out + t * head_dim + chunk;
+        split(load_half_chunk(in), 0, row);
+        if (bits == 2) split(load_half_chunk(in), 4, row + kPageTokens / 2 * head_dim);
       }
     }
     return;
   }
+  const uint8_t mask = static_cast<uint8_t>((1 << bits) - 1);
   const int apart = kChunk / 2 * head_dim;
   for (int group = 0; group < 4; ++group, out += apart) {
     const uint8_t* from = in + (bits == 4 ? group / 2 * apart : 0);
@@ -157,22 +174,28 @@ inline U16 mul_high(U16 a, U16 b) {
 #endif
 }
 
-// Quotients of codes without division: floor(n / d) = n * ceil(2^15 / d) >> 15 for every n <= 278
-// and d <= 80, since n * (d - 1) < 2^15. The largest n is a range of 238 and half of step 80.
+// Quotients of codes without division: floor(n / d) = n * ceil(2^16 / d) >> 16 for n <= 278 and
+// 2 <= d <= 80, since n * (d - 1) < 2^16. The largest n is a range of 238 and half of step 80.
+// For d = 1 the factor would need a 17th bit; with 2^16 - 1 the quotient is n - 1 for n >= 1.
 constexpr int kMaxStep = 80;
 struct Reciprocals {
   uint16_t of[kMaxStep + 1];
-  constexpr Reciprocals() : of{} {
-    for (int d = 1; d <= kMaxStep; ++d) of[d] = static_cast<uint16_t>(((1 << 15) + d - 1) / d);
+  constexpr Reciprocals() : of{0, 0xffff} {
+    for (int d = 2; d <= kMaxStep; ++d) of[d] = static_cast<uint16_t>(((1 << 16) + d - 1) / d);
   }
 };
 constexpr Reciprocals kReciprocals;
-inline U16 divide(U16 n, U16 reciprocal) { return mul_high(n + n, reciprocal); }
 
 inline U16 reciprocals(U16 step) {
   U16 result{};
   for (int i = 0; i < kWordLanes; ++i) result[i] = kReciprocals.of[step[i]];
   return result;
+}
+
+/// What rounds a quotient by a step to nearest, ties up; 1, not 0, for step 1: see above.
+inline U16 half_of(U16 step) {
+  const U16 half = step >> 1, one = splat_u16(1);
+  return half > one ? half : one;
 }
 
 /// Squared error of one step per channel, whose sum over 64 codes can pass 16 bits at 2 bit: an
@@ -181,12 +204,12 @@ struct StepError {
   U16 early, late;
 };
 inline StepError step_error(const U16* above_zero, U16 step, U16 levels) {
-  const U16 reciprocal = reciprocals(step), half = step >> 1;
+  const U16 reciprocal = reciprocals(step), half = half_of(step);
   const auto sum = [&](const U16* a) {
     U16 total{};
     for (int t = 0; t < kPageTokens / 2; ++t) {
       // A tie rounds up here; rounding it to even makes an error of the same size.
-      U16 q = divide(a[t] + half, reciprocal);
+      U16 q = mul_high(a[t] + half, reciprocal);
       q = q < levels ? q : levels;
       const U16 error = q * step - a[t];
       total += error * error;
@@ -218,8 +241,8 @@ inline void narrow_codes(const int8_t* codes, int bits, int head_dim, uint8_t* n
     }
     const U16 range = __builtin_convertvector((U8)top - (U8)zero, U16);
     const U16 by_levels = splat_u16(kReciprocals.of[(1 << bits) - 1]);
-    U16 step = divide(range + (levels >> 1), by_levels);
-    U16 ceiling = divide(range + levels - one, by_levels);
+    U16 step = mul_high(range + (levels >> 1), by_levels);
+    U16 ceiling = mul_high(range + levels - one, by_levels);
     step = step > one ? step : one;
     ceiling = ceiling > one ? ceiling : one;
     const StepError first = step_error(above_zero, step, levels);
@@ -229,10 +252,10 @@ inline void narrow_codes(const int8_t* codes, int bits, int head_dim, uint8_t* n
       if (difference < 0) step[i] = ceiling[i];
     }
 
-    const U16 reciprocal = reciprocals(step), half = step >> 1;
+    const U16 reciprocal = reciprocals(step), half = half_of(step);
     for (int t = 0; t < kPageTokens; ++t) {
       const U16 a = above_zero[t];
-      U16 q = divide(a + half, reciprocal);
+      U16 q = mul_high(a + half, reciprocal);
       // Rounded up from a tie to an odd number: the even one is below.
       const U16 tie = (U16)((q * step - a) * splat_u16(2) == step);
       q -= tie & q & one;
