@@ -8,6 +8,7 @@
 
 #include <initializer_list>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 
 #include "core/types.h"
@@ -135,11 +136,22 @@ std::string format_list(std::initializer_list<T> values) {
   return out.str();
 }
 
+template <class Argument, class Expected, class Actual>
+[[noreturn]] void fail_check(const char* op, const Argument& argument, const Expected& expected,
+                             const Actual& actual) {
+  std::ostringstream out;
+  out << op << ": " << argument << " must be " << expected << ", got " << actual;
+  throw std::runtime_error(out.str());
+}
+
 }  // namespace kvcore::binding
 
-// The general form; argument, expected and actual are anything that a stream prints.
-#define KV_CHECK(condition, op, argument, expected, actual) \
-  STD_TORCH_CHECK(condition, op, ": ", argument, " must be ", expected, ", got ", actual)
+// The general form; argument, expected and actual are anything that a stream prints. They are
+// evaluated only if the check fails. (STD_TORCH_CHECK would put function, file and line first.)
+#define KV_CHECK(condition, op, argument, expected, actual)                          \
+  do {                                                                               \
+    if (!(condition)) ::kvcore::binding::fail_check(op, argument, expected, actual); \
+  } while (false)
 
 // Sizes after the tensor, kAnySize where any will do: KV_CHECK_SHAPE(kOp, k, batch, heads,
 // kAnySize).
