@@ -94,12 +94,15 @@ inline HalfChunk load_half_chunk(const uint8_t* p) {
 }
 /// Bytes below 2^(8 - shift), shifted left.
 inline HalfChunk shift_left(HalfChunk x, int shift) {
-  return (HalfChunk)((HalfChunkWords)x << static_cast<uint16_t>(shift));
+  const uint16_t count = static_cast<uint16_t>(shift);
+  return (HalfChunk)((HalfChunkWords)x << count);
 }
 /// `bits` bits of each byte from bit `shift` on.
 inline HalfChunk field(HalfChunk x, int shift, int bits) {
-  const HalfChunk mask = HalfChunk{} + static_cast<uint8_t>((1 << bits) - 1);
-  return (HalfChunk)((HalfChunkWords)x >> static_cast<uint16_t>(shift)) & mask;
+  HalfChunk mask;
+  memset(&mask, (1 << bits) - 1, sizeof mask);
+  const uint16_t count = static_cast<uint16_t>(shift);
+  return (HalfChunk)((HalfChunkWords)x >> count) & mask;
 }
 
 /// Narrow codes, one in a byte, to merged rows, and back.
@@ -160,7 +163,10 @@ typedef uint16_t U16 __attribute__((vector_size(kVectorBytes)));
 typedef uint8_t U8 __attribute__((vector_size(kVectorBytes / 2)));
 typedef int8_t S8 __attribute__((vector_size(kVectorBytes / 2)));
 
-inline U16 splat_u16(int x) { return U16{} + static_cast<uint16_t>(x); }
+inline U16 splat_u16(int x) {
+  const uint16_t word = static_cast<uint16_t>(x);
+  return U16{} + word;
+}
 inline U16 mul_high(U16 a, U16 b) {
 #if defined(KVCORE_VEC_512)
   return (U16)_mm512_mulhi_epu16((__m512i)a, (__m512i)b);
