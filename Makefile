@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
 ISA_LEVELS ?= scalar avx2 avx512
 
-.PHONY: help build test demo isa asan lint format audit bench clean
+.PHONY: help build test slow demo isa asan lint format audit bench clean
 .DEFAULT_GOAL := help
 
 PY := $(VENV)/bin/python
@@ -29,6 +29,7 @@ RUN_TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(PYTEST_WORKERS)
 help:
 	@echo "make build   compile and install in place (editable)"
 	@echo "make test    the test suite"
+	@echo "make slow    the tests marked slow, which make test leaves out"
 	@echo "make demo    a model with a compressed cache, in about a minute"
 	@echo "make isa     the tests marked isa at each of: $(ISA_LEVELS)"
 	@echo "make asan    the tests marked asan under AddressSanitizer and UBSan"
@@ -61,6 +62,9 @@ build: $(INSTALL_STAMP)
 
 test: build
 	$(RUN_TESTS) $(PYTEST_ARGS)
+
+slow: build
+	$(RUN_TESTS) -m slow $(PYTEST_ARGS)
 
 demo: build
 	$(PY) -m kvcore demo
