@@ -7,6 +7,7 @@ import torch
 
 import kvcore
 from kvcore import eval as kv_eval
+from kvcore.eval import stepwise
 
 transformers = pytest.importorskip("transformers")
 
@@ -65,6 +66,18 @@ def test_stepwise_matches_one_forward_pass(model, chunk):
     scores = kv_eval.stepwise_scores(model, _dynamic(model), tokens, context_len=40, chunk=chunk)
     assert scores.shape == (3, 49, 40)
     torch.testing.assert_close(scores, whole[:, 40:-1], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("begin", [1, 40, 63, 64, 127])
+@pytest.mark.parametrize("chunk", [1, 16, 63, 64, 200])
+def test_steps(begin, chunk):
+    """Every position once, in order, at most `chunk` together, and a page's last alone."""
+    steps = list(stepwise._steps(begin, 300, chunk))
+    assert [i for step in steps for i in range(*step)] == list(range(begin, 300))
+    assert max(stop - start for start, stop in steps) <= min(chunk, 63)
+    for start, stop in steps:
+        if any(i % 64 == 63 for i in range(start, stop)):
+            assert stop == start + 1
 
 
 def test_stepwise_positions_and_callbacks(model):
@@ -168,6 +181,7 @@ def test_mean_interval():
     assert interval.half_width == pytest.approx(3.182 * 1.2909944 / 2, rel=1e-6)
     assert (interval.low, interval.high) == (2.5 - interval.half_width, 2.5 + interval.half_width)
     assert f"{interval:.1f}" == "2.5 ± 2.1"
+    assert f"{interval:+.1f}" == "+2.5 ± 2.1"
     one = kv_eval.mean_interval(torch.tensor([3.0]))
     assert math.isnan(one.half_width)
     assert f"{one:.1f}" == "3.0"

@@ -25,18 +25,14 @@ from kvcore.eval import (
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Tokens to score, all sequences of a kind equally long and without padding.
-
-    A step's tokens read pages that the step itself fills at their final width, so a larger `chunk`
-    is the same or harder for a compressed cache than decoding one token at a time.
-    """
+    """Tokens to score, all sequences of a kind equally long and without padding."""
 
     text: Tensor  # int64 [sequences, length]: held-out text, one byte per token
     text_context_len: int  # prefilled; every token after the next is scored
     recall: Tensor  # int64 [prompts, length]: bindings, text, then queries
     recall_context_len: int
     query_positions: Tensor  # int64 [queries]: where a query's key stands; its answer is next
-    chunk: int = 16
+    chunk: int = 32
     batch: int = 16
 
     @property
@@ -79,7 +75,7 @@ def through_caches(
     tokens: Tensor,
     context_len: int,
     *,
-    chunk: int = 16,
+    chunk: int = 32,
     batch: int = 16,
     positions: Tensor | None = None,
     on_step: Callable[[int], None] | None = None,

@@ -46,14 +46,14 @@ _COLUMNS = (
     ("cache", lambda r: r.cache),
     ("K, V bytes", lambda r: f"{r.kv_bytes:,}"),
     ("vs 16 bit", lambda r: f"{r.ratio:.2f}x"),
-    ("state bytes", lambda r: f"{r.state_bytes:,}"),
+    ("state", lambda r: f"{r.state_bytes:,}"),
     ("tokens/s", lambda r: f"{r.tokens_per_second:.0f}"),
     ("bits/byte", lambda r: f"{r.quality.bits_per_byte.mean:.4f}"),
-    ("change %", lambda r: _percent(r.quality.bits_change, 3)),
+    ("change %", lambda r: _percent(r.quality.bits_change, 2)),
     ("recall %", lambda r: f"{100 * r.quality.recall.mean:.1f}"),
-    ("change, points", lambda r: _percent(r.quality.recall_change, 2)),
-    ("KL to full, nats", lambda r: f"{r.quality.kl:.1e}"),
-    ("same top byte %", lambda r: f"{100 * r.quality.agreement.mean:.2f}"),
+    ("change", lambda r: _percent(r.quality.recall_change, 2)),
+    ("KL to full", lambda r: f"{r.quality.kl:.1e}"),
+    ("same top %", lambda r: f"{100 * r.quality.agreement.mean:.1f}"),
 )
 
 

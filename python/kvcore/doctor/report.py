@@ -37,37 +37,37 @@ def _environment_lines(env: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _width(bits: dict[str, int] | None) -> str:
-    if bits is None:
-        return "full"
+def _width(bits: dict[str, Any]) -> str:
     # A tuple (one width per layer) comes back from JSON as a list, and is written as one.
     k, v = (list(b) if isinstance(b, tuple) else b for b in (bits["k_bits"], bits["v_bits"]))
     return f"k_bits={k}, v_bits={v}"
 
 
+def _layer_line(layer: dict[str, Any]) -> str:
+    k = layer["k"]
+    heads = f"{layer['q_heads']}/{layer['kv_heads']}"
+    norm = "yes" if layer["qk_norm"] else "no"
+    outliers = f"{k['num_outliers']} ({k['max_ratio']:.1f}x)"
+    start = f"  {layer['layer']:>5}  {heads:<7} {layer['head_dim']:>4}  {norm:<7}  {outliers:<12}"
+    if "unsupported" in layer:
+        return f"{start}  full precision: {layer['unsupported']}"
+    errors = layer["errors"]
+    plain = layer["error_8bit_without_balance_and_mean"]
+    figures = [errors["8 bit"], plain, errors["4 bit"], errors["K4V2"], errors["2 bit"]]
+    bits = layer["recommended"]
+    width = "full" if bits is None else f"K{bits['k_bits']}V{bits['v_bits']}"
+    return start + " ".join(f"{figure:>8.4f}" for figure in figures) + f"  {width}"
+
+
 def _model_lines(model: dict[str, Any]) -> list[str]:
-    lines = [f"Model {model['name']} on {model['tokens']} tokens"]
-    lines.append(
-        "  layer  heads    dim  QK norm  K outliers (largest)   error of attention at "
-        "8 bit (plain)    4 bit   K4V2    2 bit   layer's width"
-    )
-    for layer in model["layers"]:
-        k = layer["k"]
-        heads = f"{layer['q_heads']}/{layer['kv_heads']}"
-        start = (
-            f"  {layer['layer']:>5}  {heads:<7} {layer['head_dim']:>4}  "
-            f"{'yes' if layer['qk_norm'] else 'no':<7}  "
-            f"{k['num_outliers']:>4} ({k['max_ratio']:.1f}x)".ljust(52)
-        )
-        if "unsupported" in layer:
-            lines.append(f"{start} full precision: {layer['unsupported']}")
-            continue
-        e = layer["errors"]
-        plain = layer["error_8bit_without_balance_and_mean"]
-        lines.append(
-            f"{start}{e['8 bit']:>20.4f} ({plain:.4f}) {e['4 bit']:>8.4f} {e['K4V2']:>7.4f} "
-            f"{e['2 bit']:>7.4f}  {_width(layer['recommended'])}"
-        )
+    lines = [
+        f"Model {model['name']} on {model['tokens']} tokens",
+        "  Relative error of each layer's attention when it reads the store; 'plain' is 8 bit",
+        "  without balance and mean, and K outliers are channels far wider than the median one.",
+        "  layer  heads    dim  QK norm  K outliers     8 bit    plain    4 bit     K4V2    2 bit"
+        "  width",
+        *map(_layer_line, model["layers"]),
+    ]
     if model["caches"]:
         lines += ["", "  cache      K, V bytes   bits per token   KL to full   same top token"]
         for name, row in model["caches"].items():

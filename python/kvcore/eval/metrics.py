@@ -49,7 +49,8 @@ class Interval:
     def __format__(self, spec: str) -> str:
         if math.isnan(self.half_width):
             return format(self.mean, spec)
-        return f"{format(self.mean, spec)} ± {format(self.half_width, spec)}"
+        # A half width has no sign, whatever the mean is shown with.
+        return f"{format(self.mean, spec)} ± {format(self.half_width, spec.replace('+', ''))}"
 
 
 def mean_interval(samples: Tensor) -> Interval:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+PAGE_TOKENS = 64  # of kvcore's stores
 
 
 def _forward(model: Any, tokens: Tensor, cache: Any, last_only: bool) -> Tensor:
@@ -22,6 +24,15 @@ def _forward(model: Any, tokens: Tensor, cache: Any, last_only: bool) -> Tensor:
             1  # a prefill's logits over a large vocabulary outweigh the model
         )
     return model(input_ids=tokens, past_key_values=cache, use_cache=True, **kwargs).logits
+
+
+def _steps(begin: int, end: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges of at most `chunk` positions, none with a page's last among others."""
+    while begin < end:
+        last_of_page = begin // PAGE_TOKENS * PAGE_TOKENS + PAGE_TOKENS - 1
+        stop = min(begin + chunk, end, max(last_of_page, begin + 1))
+        yield begin, stop
+        begin = stop
 
 
 def fill_from_prefill(cache: Any, prefilled: Any) -> None:
@@ -76,8 +87,9 @@ def stepwise_scores(
         cache_factory: returns a new empty cache.
         tokens: int64 ``[batch, length]``, sequences of equal length without padding.
         context_len: prefilled tokens, at least 1.
-        chunk: tokens per step. 1 is decoding; more is faster, and the pages that fill within a step
-            are read at their final width by the whole step, so quality is never flattered.
+        chunk: tokens per step, at most. 1 is decoding; more is faster and reads nearly the same,
+            because the token that fills a page (`PAGE_TOKENS`) gets a step of its own: in a step
+            with others these would read their own page at its final width, too early.
         positions: int64 ``[n]``, ascending: keep only the predictions made by tokens at these
             positions of the sequence (in ``[context_len, length - 2]``).
         prefilled: what `prefill` made of the first `context_len` tokens; the prompt is then not run
@@ -128,8 +140,7 @@ def stepwise_scores(
             _forward(model, tokens[:, :context_len], cache, last_only=True)
             if on_step is not None:
                 on_step(tokens.shape[0] * context_len)
-        for start in range(context_len, length - 1, chunk):
-            stop = min(start + chunk, length - 1)
+        for start, stop in _steps(context_len, length - 1, chunk):
             logits = _forward(model, tokens[:, start:stop], cache, last_only=False)
             logits = logits[:, keep[start:stop].to(logits.device)]
             kept.append(torch.log_softmax(logits.float(), dim=-1))
