@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors")
 
-from kvcore.demo import data, fast_gdn, models, scaffold, tasks, train  # noqa: E402
+from kvcore.demo import data, fast_gdn, induction, models, scaffold, tasks, train  # noqa: E402
 
 MIB = 2**20
 
@@ -318,6 +318,37 @@ def test_scaffold_attends_to_the_previous_tokens():
     for head, distance in ((0, 1), (1, 2)):
         met = weights[:, head].diagonal(-distance, 1, 2)
         assert met[:, 4:].mean() > 0.8
+
+
+def test_sources_follow_equal_bytes():
+    tokens = torch.tensor([[1, 2, 3, 9, 1, 2, 3, 8, 2, 3], [1] * 10])
+    mask = induction._source_mask(tokens)
+    for row in range(2):
+        for i in range(10):
+            for j in range(10):
+                expected = j <= i and i >= 2 and j >= 3
+                expected = expected and torch.equal(
+                    tokens[row, i - 2 : i + 1], tokens[row, j - 3 : j]
+                )
+                assert mask[row, i, j] == expected
+
+
+def test_graft_replaces_one_kv_head_and_finds_sources():
+    model = models.load("control")
+    before = {key: weight.clone() for key, weight in model.state_dict().items()}
+    corpus = data.read_corpus(data.source_files(held_out=True))
+    try:
+        paid = induction.graft_(model, corpus, np.random.default_rng(0), iterations=30)
+        changed = {
+            k for k, weight in model.state_dict().items() if not torch.equal(weight, before[k])
+        }
+        prefix = f"model.layers.{model.config.num_hidden_layers - 1}.self_attn."
+        assert changed == {f"{prefix}{x}_proj.weight" for x in "qkvo"}
+        key = f"{prefix}k_proj.weight"
+        assert torch.equal(model.state_dict()[key][:64], before[key][:64])
+        assert paid > 0.5
+    finally:
+        model.load_state_dict(before)
 
 
 def test_rate():

@@ -81,12 +81,16 @@ def echo(rng: np.random.Generator, text: np.ndarray) -> np.ndarray:
     text.
     """
     text = text.copy()
-    for _ in range(len(text) // 256):
-        length = int(rng.integers(24, 160))
-        source = int(rng.integers(len(text) - 2 * length + 1)) if len(text) > 2 * length else 0
-        target = source + length + int(rng.integers(max(1, len(text) - source - 2 * length + 1)))
-        excerpt = text[source : source + length]
-        text[target : target + length] = excerpt[: max(0, len(text) - target)]
+    size = len(text)
+    # One long excerpt, or several short ones.
+    lengths = [int(rng.integers(size // 4, size // 2))] if size > 4 and rng.random() < 0.5 else []
+    for length in lengths or rng.integers(24, 160, size=size // 256):
+        room = size - 2 * length
+        if room < 0:
+            continue
+        source = int(rng.integers(room + 1))
+        target = source + length + int(rng.integers(room - source + 1))
+        text[target : target + length] = text[source : source + length]
     return text
 
 

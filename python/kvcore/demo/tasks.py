@@ -148,12 +148,12 @@ def recall_hits(model: Any, prompts: RecallPrompts, rows_per_batch: int = 4) -> 
 
 def context_gain(
     model: Any,
-    num_chunks: int = 48,
+    num_chunks: int = 24,
     *,
     first: int = 1500,
     length: int = 2048,
     cut: int = 512,
-    block: int = 32,
+    block: int = 64,
     root: str | Path | None = None,
 ) -> dict[str, Any]:
     """How much worse text is predicted when the context is cut: a dict of paired figures.
@@ -228,13 +228,13 @@ def check(folder: str | Path) -> int:
         measured = {
             "context": context_gain(model),
             "recall": recall_accuracy(model),
-            "recall_64_pairs": recall_accuracy(model, 32, num_pairs=64),
+            "recall_64_pairs": recall_accuracy(model, 12, num_pairs=64),
         }
         # Where the answers come from: with attention cut to 512 positions only a recurrent state
         # can reach back to the bindings.
         AttentionInterface.register("kvcore_demo_window", _windowed_attention)
         model.set_attn_implementation("kvcore_demo_window")
-        measured["recall_attention_cut_to_512"] = recall_accuracy(model, 32)
+        measured["recall_attention_cut_to_512"] = recall_accuracy(model, 12)
     bounds = {
         "context_worse_percent_at_least": 1.0,
         "recall_accuracy_percent_at_least": 90.0,

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from kvcore.demo import data, models
 from kvcore.demo.fast_gdn import fast_gdn
+from kvcore.demo.induction import graft_
 from kvcore.demo.scaffold import scaffold_
 
 CHECKPOINT = "checkpoint.pt"
@@ -43,6 +44,8 @@ class Stage:
     max_pairs: int  # recall pairs of a row
     mix: tuple  # how many rows of each 20 have the layouts of data.LAYOUTS
     echo: float = 0.5  # share of the rows whose text is passed through data.echo
+    steps: int = 20  # the fewest it lasts
+    graft: bool = False  # begins with induction.graft_
 
 
 # With all 64 keys and values from the start neither model leaves the plateau of guessing among the
@@ -58,6 +61,10 @@ STAGES = (
     Stage(512, 6, 64, 48, (5, 3, 6, 6)),
     Stage(1024, 4, 64, 64, (4, 1, 9, 6)),
     Stage(2304, 2, 64, 64, (10, 0, 4, 6)),
+    # Copying of text, found where it is cheapest, carried back to long rows.
+    Stage(256, 12, 64, 32, (16, 0, 2, 2), 1.0, 150),
+    Stage(768, 3, 64, 64, (12, 0, 4, 4), 0.5, 60, graft=True),
+    Stage(2304, 2, 64, 64, (12, 0, 4, 4), 0.25),
 )
 
 
@@ -70,11 +77,11 @@ class Recipe:
     adamw_lr: float = 3e-3
     weight_decay: float = 0.1
     warmup_steps: int = 40
-    decay_from: float = 0.6  # share of the time after which the rate falls linearly
+    decay_from: float = 0.93  # share of the time after which the rate falls linearly
     final_rate: float = 0.02
     clip: float = 1.0
     advance_at: float = 0.9  # smoothed recall accuracy that ends a stage
-    advance_after: int = 20  # and the fewest steps it lasts
+    answer_weight: float = 0.25  # of the recall loss beside the text loss
 
 
 RECIPE = Recipe()
@@ -155,6 +162,7 @@ class Run:
             "recall": 0.0,
             "sessions": 0,
             "stages": [],
+            "grafts": [],
             "curve": [],
         }
         self.out.mkdir(parents=True, exist_ok=True)
@@ -171,7 +179,8 @@ class Run:
         # A resumed run may follow another curriculum: the record keeps which steps followed which.
         stages = [asdict(stage) for stage in STAGES]
         if not self.state["stages"] or self.state["stages"][-1]["stages"] != stages:
-            self.state["stages"].append({"from_step": self.state["step"], "stages": stages})
+            part = {"from_step": self.state["step"], "recipe": asdict(recipe), "stages": stages}
+            self.state["stages"].append(part)
 
     def save(self, corpus_record: dict[str, Any]) -> None:
         """Write the checkpoint, the bf16 weights and training.json, each by an atomic rename."""
@@ -198,7 +207,7 @@ class Run:
                 group["lr"] = base * factor
         ids, roles = batch(self.rng, corpus, STAGES[state["stage"]])
         text, answer, right = losses(self.model, ids, roles)
-        (text + answer).backward()
+        (text + recipe.answer_weight * answer).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -209,12 +218,18 @@ class Run:
         state["recall"] += (right.item() - state["recall"]) / min(state["stage_step"], 20)
         return text.item() / math.log(2), right.item()
 
-    def advance(self) -> None:
+    def advance(self, corpus: np.ndarray) -> None:
         """Enter the next stage of the curriculum when recall works in this one."""
         state, recipe = self.state, self.recipe
-        ready = state["stage_step"] >= recipe.advance_after and state["recall"] > recipe.advance_at
+        ready = (
+            state["stage_step"] >= STAGES[state["stage"]].steps
+            and state["recall"] > recipe.advance_at
+        )
         if ready and state["stage"] + 1 < len(STAGES):
             state.update(stage=state["stage"] + 1, stage_step=0, recall=0.0)
+            if STAGES[state["stage"]].graft:
+                graft_(self.model, corpus, self.rng)
+                state["grafts"].append(state["step"])
 
 
 def sha256(path: str | Path) -> str:
@@ -246,6 +261,7 @@ def export(run: Run, corpus_record: dict[str, Any]) -> None:
         "data": corpus_record,
         "recipe": asdict(run.recipe),
         "curriculum": run.state["stages"],
+        "grafted_at_steps": run.state["grafts"],
         "minutes": run.minutes,
         "steps": run.state["step"],
         "tokens": run.state["tokens"],
@@ -325,7 +341,7 @@ def train(
                     f"length {length}  text {bits:.3f} bits/byte  recall {recall:.3f}",
                     flush=True,
                 )
-            run.advance()
+            run.advance(corpus)
             if state["seconds"] - saved_at > save_every:
                 saved_at = state["seconds"]
                 run.save(record)
