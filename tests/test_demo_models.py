@@ -85,6 +85,25 @@ def test_record_is_complete(name):
     assert from_step == sorted(from_step)
 
 
+def test_recorded_checks_are_consistent(name):
+    """The verdict follows from the figures; recall is what other tests build on."""
+    checks = models.training_record(name)["checks"]
+    context, recall, bounds = checks["context"], checks["recall"], checks["bounds"]
+    expected = 100 * (context["cut_bits_per_byte"] / context["full_bits_per_byte"] - 1)
+    assert context["worse_percent"] == pytest.approx(expected)
+    assert 1500 <= context["positions"][0] < context["positions"][1] <= 2048
+    assert bounds == {
+        "context_worse_percent_at_least": 1.0,
+        "recall_accuracy_percent_at_least": 90.0,
+    }
+    uses_context = context["worse_percent"] >= bounds["context_worse_percent_at_least"]
+    recalls = recall["accuracy_percent"] >= bounds["recall_accuracy_percent_at_least"]
+    assert checks["passed"] == (uses_context and recalls)
+    assert recalls
+    assert recall["queries"] >= 4000
+    assert 1500 <= recall["distances"][0] < recall["distances"][1] <= 2000
+
+
 def test_records_were_made_on_the_same_data():
     first, second = (models.training_record(name)["data"] for name in models.NAMES)
     assert first == second
