@@ -1,8 +1,11 @@
 // From tensors to the plain pointers and strides of the params structs.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <exception>
+#include <initializer_list>
 #include <optional>
 
 #include "binding/check.h"
@@ -62,6 +65,35 @@ inline InputView input_view(const char* op, const char* argument, const Tensor& 
           .head_stride = tensor.stride(1),
           .token_stride = tensor.stride(2),
           .channel_stride = tensor.stride(3)};
+}
+
+namespace detail {
+// torch's own message names neither the op nor the output.
+template <class F>
+Tensor allocate(const char* op, const char* argument, const Tensor& like,
+                std::initializer_list<int64_t> shape, ScalarType dtype, const F& f) {
+  try {
+    return f();
+  } catch (const std::exception&) {
+    fail_check(op, argument, "small enough for the memory of " + format_device(like),
+               format_dtype(dtype) + " " + format_shape(shape));
+  }
+}
+}  // namespace detail
+
+// An output on the device of `like`, or on `device`; failing that, an error that names it.
+inline Tensor new_output(const char* op, const char* argument, const Tensor& like,
+                         std::initializer_list<int64_t> shape, ScalarType dtype,
+                         std::optional<torch::stable::Device> device = std::nullopt) {
+  return detail::allocate(op, argument, like, shape, dtype, [&] {
+    return torch::stable::new_empty(like, shape, dtype, std::nullopt, device);
+  });
+}
+
+inline Tensor new_zero_output(const char* op, const char* argument, const Tensor& like,
+                              std::initializer_list<int64_t> shape, ScalarType dtype) {
+  return detail::allocate(op, argument, like, shape, dtype,
+                          [&] { return torch::stable::new_zeros(like, shape, dtype); });
 }
 
 // A contiguous output that the op allocated itself.

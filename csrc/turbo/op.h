@@ -128,6 +128,31 @@ int64_t check_store_head_dim(const char* op, const Tensor& block_table, const Te
 Store check_store(const char* op, const StoreTensors& tensors, const Tensor& like, int64_t batch,
                   int64_t kv_heads, int64_t head_dim, std::vector<Slab>& slabs);
 
+/// The memory of an op's arguments, to reject a call that would write what it still reads: checked
+/// lengths and table entries would be others when they are used.
+class MemoryRanges {
+ public:
+  /// Begins with the slabs of a store.
+  MemoryRanges(const Store& store, Access pool_access);
+
+  /// Its first to its last element, whatever lies between them.
+  void add(const char* argument, const std::optional<Tensor>& tensor, Access access);
+
+  /// Nothing that is written may overlap anything else. Reorders the ranges.
+  void check_disjoint(const char* op);
+
+ private:
+  struct Range {
+    const uint8_t *begin, *end;
+    const char* argument;
+    int64_t index;  // of the argument, for messages; of a slab its number
+    Access access;
+    bool is_slab;
+    std::string name() const;
+  };
+  std::vector<Range> ranges_;
+};
+
 /// Tokens that fit a sequence of the store: the open tail needs no entry in the block table.
 int64_t max_seq_len(const Store& store);
 

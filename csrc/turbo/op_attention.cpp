@@ -1,6 +1,4 @@
 // The attention ops: check arguments, allocate outputs, fill params, call the backend.
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cmath>
 
@@ -12,8 +10,8 @@ namespace {
 using binding::data;
 using binding::format_shape;
 using binding::input_view;
+using binding::new_output;
 using binding::output_view;
-using torch::stable::new_empty;
 
 std::string indexed(const char* name, int64_t index) { return name + format_shape({index}); }
 
@@ -98,8 +96,9 @@ std::tuple<Tensor, Tensor> turbo_attention(
     num_seqs = cu_seqlens_q->size(0) - 1;
   }
 
-  Tensor out = new_empty(q, {batch, q_heads, q_len, head_dim}, q.scalar_type());
-  Tensor lse = new_empty(q, {batch, q_heads, q_len}, ScalarType::Float);
+  Tensor out = new_output(kOp, "out", q, {batch, q_heads, q_len, head_dim}, q.scalar_type());
+  Tensor lse = new_output(kOp, "lse", q, {batch, q_heads, q_len}, ScalarType::Float);
+  if (lse.numel() == 0) return {out, lse};
   backend::attention({.q = input_view(kOp, "q", q),
                       .k = input_view(kOp, "k", k),
                       .v = input_view(kOp, "v", v),
@@ -155,8 +154,9 @@ std::tuple<Tensor, Tensor> turbo_decode(const Tensor& q, const std::vector<Tenso
     }
   }
 
-  Tensor out = new_empty(q, {batch, q_heads, q_len, head_dim}, q.scalar_type());
-  Tensor lse = new_empty(q, {batch, q_heads, q_len}, ScalarType::Float);
+  Tensor out = new_output(kOp, "out", q, {batch, q_heads, q_len, head_dim}, q.scalar_type());
+  Tensor lse = new_output(kOp, "lse", q, {batch, q_heads, q_len}, ScalarType::Float);
+  if (lse.numel() == 0) return {out, lse};
   backend::decode({.q = input_view(kOp, "q", q),
                    .q_heads = q_heads,
                    .q_len = q_len,

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "turbo/op.h"
@@ -143,6 +144,56 @@ Store check_store(const char* op, const StoreTensors& tensors, const Tensor& lik
           .batch = batch,
           .kv_heads = kv_heads,
           .head_dim = head_dim};
+}
+
+MemoryRanges::MemoryRanges(const Store& store, Access pool_access) {
+  constexpr size_t kOtherArguments = 10;
+  ranges_.reserve(static_cast<size_t>(store.num_slabs) + kOtherArguments);
+  for (int64_t i = 0; i < store.num_slabs; ++i) {
+    const Slab& slab = store.slabs[i];
+    const int64_t size = slab.num_blocks * block_bytes(slab.bits, store.head_dim);
+    if (size > 0) ranges_.push_back({slab.data, slab.data + size, "pool", i, pool_access, true});
+  }
+}
+
+void MemoryRanges::add(const char* argument, const std::optional<Tensor>& tensor, Access access) {
+  if (!tensor || tensor->numel() == 0) return;
+  int64_t last = 0;
+  for (int64_t i = 0; i < tensor->dim(); ++i) last += (tensor->size(i) - 1) * tensor->stride(i);
+  const uint8_t* begin = binding::data<uint8_t>(*tensor);
+  const int64_t element_bytes = static_cast<int64_t>(tensor->element_size());
+  ranges_.push_back({begin, begin + (last + 1) * element_bytes, argument,
+                     static_cast<int64_t>(ranges_.size()), access, false});
+}
+
+std::string MemoryRanges::Range::name() const {
+  return is_slab ? element_name(argument, {index}) : argument;
+}
+
+void MemoryRanges::check_disjoint(const char* op) {
+  const auto fail = [op](const Range* a, const Range* b) {
+    // The slabs come first, and the others in the order in which they were added.
+    if (a->is_slab == b->is_slab ? a->index > b->index : b->is_slab) std::swap(a, b);
+    if (a->is_slab && b->is_slab) {
+      binding::fail_check(op, "pool", "slabs that do not overlap",
+                          a->name() + " and " + b->name() + " in the same memory");
+    }
+    if (b->access == Access::kWrite) std::swap(a, b);
+    binding::fail_check(op, a->name(), "in memory of its own", "that of " + b->name());
+  };
+  std::sort(ranges_.begin(), ranges_.end(),
+            [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  // Of those that begin earlier, the ones that end last: of all, and of those that are written.
+  const Range *farthest = nullptr, *farthest_written = nullptr;
+  for (const Range& range : ranges_) {
+    const bool written = range.access == Access::kWrite;
+    const Range* other = written ? farthest : farthest_written;
+    if (other && range.begin < other->end) fail(other, &range);
+    if (!farthest || range.end > farthest->end) farthest = &range;
+    if (written && (!farthest_written || range.end > farthest_written->end)) {
+      farthest_written = &range;
+    }
+  }
 }
 
 int64_t max_seq_len(const Store& store) {

@@ -14,11 +14,12 @@ namespace {
 using binding::data;
 using binding::input_view;
 using binding::mutable_data;
+using binding::new_output;
+using binding::new_zero_output;
 using binding::output_view;
-using torch::stable::new_empty;
-using torch::stable::new_zeros;
 
-constexpr int kWidths[] = {8, 4, 2};  // in the order of pool8, pool4, pool2
+constexpr int kWidths[] = {8, 4, 2};
+constexpr const char* kPools[] = {"pool8", "pool4", "pool2"};
 constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max();  // seq_lens is int32
 
 float check_tail_margin(const char* op, double tail_margin) {
@@ -38,29 +39,6 @@ void check_bits(const char* op, const char* argument, const std::vector<int64_t>
   for (int64_t i = 0; i < count; ++i) {
     KV_CHECK(bits[i] == 8 || bits[i] == 4 || bits[i] == 2, op, element_name(argument, {i}),
              "one of 8, 4, 2", bits[i]);
-  }
-}
-
-// Two slabs in the same memory would give two pages the same block.
-void check_slabs_disjoint(const char* op, const std::vector<Slab>& slabs, int64_t head_dim) {
-  struct Range {
-    const uint8_t *begin, *end;
-    size_t slab_idx;
-  };
-  std::vector<Range> ranges;
-  ranges.reserve(slabs.size());
-  for (size_t i = 0; i < slabs.size(); ++i) {
-    const int64_t bytes = slabs[i].num_blocks * block_bytes(slabs[i].bits, head_dim);
-    if (bytes > 0) ranges.push_back({slabs[i].data, slabs[i].data + bytes, i});
-  }
-  std::sort(ranges.begin(), ranges.end(),
-            [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  for (size_t i = 1; i < ranges.size(); ++i) {
-    const size_t a = std::min(ranges[i - 1].slab_idx, ranges[i].slab_idx);
-    const size_t b = std::max(ranges[i - 1].slab_idx, ranges[i].slab_idx);
-    KV_CHECK(
-        ranges[i - 1].end <= ranges[i].begin, op, "pool", "slabs that do not overlap",
-        "pool[" + std::to_string(a) + "] and pool[" + std::to_string(b) + "] in the same memory");
   }
 }
 
@@ -160,8 +138,9 @@ std::tuple<Tensor, Tensor> turbo_calibrate(const Tensor& k,
            kOp, "rotary_dim", "-1 or an even number in [0, " + std::to_string(head_dim) + "]",
            rotary_dim);
 
-  Tensor k_balance = new_empty(k, {batch, kv_heads, head_dim}, ScalarType::Float);
-  Tensor k_mean = new_empty(k, {batch, kv_heads, head_dim}, ScalarType::Float);
+  Tensor k_balance =
+      new_output(kOp, "k_balance", k, {batch, kv_heads, head_dim}, ScalarType::Float);
+  Tensor k_mean = new_output(kOp, "k_mean", k, {batch, kv_heads, head_dim}, ScalarType::Float);
   backend::calibrate({.k = input_view(kOp, "k", k),
                       .left_padding = data<int32_t>(left_padding),
                       .batch = batch,
@@ -183,7 +162,7 @@ Tensor turbo_head_priority(const Tensor& x, const std::optional<Tensor>& left_pa
   const int64_t batch = x.size(0), heads = x.size(1), tokens = x.size(2);
   check_left_padding(kOp, left_padding, x, batch, tokens, check_values);
 
-  Tensor priority = new_empty(x, {batch, heads}, ScalarType::Float);
+  Tensor priority = new_output(kOp, "priority", x, {batch, heads}, ScalarType::Float);
   backend::head_priority({.x = input_view(kOp, "x", x),
                           .left_padding = data<int32_t>(left_padding),
                           .batch = batch,
@@ -226,25 +205,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> turbo
   int64_t slab_of_width[3];
   for (int width = 0; width < 3; ++width) {
     const int bits = kWidths[width];
-    pools.push_back(
-        new_empty(k, {num_blocks[width], block_bytes(bits, head_dim)}, ScalarType::Byte));
+    pools.push_back(new_output(kOp, kPools[width], k,
+                               {num_blocks[width], block_bytes(bits, head_dim)}, ScalarType::Byte));
     slab_of_width[width] = static_cast<int64_t>(slabs.size());
     if (num_blocks[width] == 0) continue;
     slabs.push_back({mutable_data<uint8_t>(pools.back()), num_blocks[width], bits});
   }
   const int64_t max_pages = plan.max_pages();
-  Tensor host_table = new_empty(k, {batch, 2, kv_heads, max_pages}, ScalarType::Int, std::nullopt,
-                                torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  Tensor host_table =
+      new_output(kOp, "block_table", k, {batch, 2, kv_heads, max_pages}, ScalarType::Int,
+                 torch::stable::Device(torch::headeronly::DeviceType::CPU));
   if (max_pages > 0) fill_table(plan, slab_of_width, mutable_data<int32_t>(host_table));
   Tensor block_table = k.is_cpu() ? host_table : torch::stable::to(host_table, k.device());
 
   const int64_t slot_bytes = block_bytes(8, head_dim);
-  Tensor tail = new_zeros(k, {batch, 2, kv_heads, kTailSlots, slot_bytes}, ScalarType::Byte);
+  Tensor tail = new_zero_output(kOp, "tail", k, {batch, 2, kv_heads, kTailSlots, slot_bytes},
+                                ScalarType::Byte);
   // -1 in every header's page_idx: no slot holds a page.
   torch::stable::fill_(torch::stable::narrow(tail, 4, offsetof(BlockHeader, page_idx), 4), 255);
-  Tensor tail_scale = new_zeros(k, {batch, 2, kv_heads}, ScalarType::Float);
-  Tensor clamp_count = new_zeros(k, {batch, 2, kv_heads}, ScalarType::Long);
-  Tensor seq_lens = new_zeros(k, {batch}, ScalarType::Int);
+  Tensor tail_scale =
+      new_zero_output(kOp, "tail_scale", k, {batch, 2, kv_heads}, ScalarType::Float);
+  Tensor clamp_count =
+      new_zero_output(kOp, "clamp_count", k, {batch, 2, kv_heads}, ScalarType::Long);
+  Tensor seq_lens = new_zero_output(kOp, "seq_lens", k, {batch}, ScalarType::Int);
   backend::append({.k = input_view(kOp, "k", k),
                    .v = input_view(kOp, "v", v),
                    .num_new = kv_len,
@@ -278,7 +261,6 @@ void turbo_append(const Tensor& k, const Tensor& v, const std::vector<Tensor>& p
   const Store store =
       check_store(kOp, {pool, block_table, tail, seq_lens, Access::kWrite, Access::kWrite}, k,
                   batch, kv_heads, head_dim, slabs);
-  check_slabs_disjoint(kOp, slabs, head_dim);
   check_tensor(kOp, "tail_scale", tail_scale, ScalarType::Float, {batch, 2, kv_heads}, k);
   check_tensor(kOp, "clamp_count", clamp_count, ScalarType::Long, {batch, 2, kv_heads}, k);
   const Calibration calibration =
@@ -295,6 +277,18 @@ void turbo_append(const Tensor& k, const Tensor& v, const std::vector<Tensor>& p
                             .tail_margin = margin,
                             .tail_scale = mutable_data<float>(tail_scale),
                             .clamp_count = mutable_data<int64_t>(clamp_count)};
+  MemoryRanges memory(store, Access::kWrite);
+  memory.add("block_table", block_table, Access::kRead);
+  memory.add("tail", tail, Access::kWrite);
+  memory.add("tail_scale", tail_scale, Access::kWrite);
+  memory.add("clamp_count", clamp_count, Access::kWrite);
+  memory.add("seq_lens", seq_lens, Access::kWrite);
+  memory.add("k", k, Access::kRead);
+  memory.add("v", v, Access::kRead);
+  memory.add("k_balance", k_balance, Access::kRead);
+  memory.add("k_mean", k_mean, Access::kRead);
+  memory.add("left_padding", left_padding, Access::kRead);
+  memory.check_disjoint(kOp);
   const HostValues lens(seq_lens, check_values), table(block_table, check_values);
   if (lens.readable()) check_append_values(kOp, params, lens, table, padding);
   backend::append(params);
@@ -311,6 +305,12 @@ void turbo_rewind(const std::vector<Tensor>& pool, const Tensor& block_table, co
                   batch, kv_heads, head_dim, slabs);
   check_tensor(kOp, "new_lens", new_lens, ScalarType::Int, {batch}, tail);
 
+  MemoryRanges memory(store, Access::kRead);
+  memory.add("block_table", block_table, Access::kRead);
+  memory.add("tail", tail, Access::kWrite);
+  memory.add("seq_lens", seq_lens, Access::kWrite);
+  memory.add("new_lens", new_lens, Access::kRead);
+  memory.check_disjoint(kOp);
   const HostValues lens(seq_lens, check_values), table(block_table, check_values),
       targets(new_lens, check_values);
   if (lens.readable()) {
@@ -357,8 +357,8 @@ std::tuple<Tensor, Tensor> turbo_dequantize(const std::vector<Tensor>& pool,
       check_entries(kOp, table, store, b, 0, lens[b] / kPageTokens);
     }
   }
-  Tensor k = new_empty(tail, {batch, kv_heads, kv_len, head_dim}, dtype);
-  Tensor v = new_empty(tail, {batch, kv_heads, kv_len, head_dim}, dtype);
+  Tensor k = new_output(kOp, "k", tail, {batch, kv_heads, kv_len, head_dim}, dtype);
+  Tensor v = new_output(kOp, "v", tail, {batch, kv_heads, kv_len, head_dim}, dtype);
   backend::dequantize({.store = store,
                        .calibration = calibration,
                        .kv_len = kv_len,

@@ -1,10 +1,10 @@
 // turbo_attention on CPUs: K and V are quantized once to 8-bit blocks in scratch, page by page;
 // then each task takes one tile of query rows of one kv head through the pages that it sees.
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "core/cpu/parallel.h"
+#include "core/cpu/scratch.h"
 #include "turbo/cpu/tile.h"
 
 namespace kvcore::turbo {
@@ -70,8 +70,8 @@ void attention(const AttentionParams& p) {
       last.first_block + 2 * p.kv_heads * (last.pages.end - last.pages.begin);
   const int64_t num_tasks = last.first_task + last.num_tiles * p.kv_heads;
   const int64_t bytes = block_bytes(8, p.head_dim);
-  const std::unique_ptr<uint8_t[]> blocks(new uint8_t[num_blocks * bytes]);
-  const std::unique_ptr<RowTile[]> tiles(new RowTile[max_workers(num_tasks)]);
+  const auto blocks = make_scratch<uint8_t>({num_blocks, bytes});
+  const auto tiles = make_scratch<RowTile>({max_workers(num_tasks)});
 
   auto* const quantize = KVCORE_ISA_SELECT(quantize_page);
   parallel_for(0, num_blocks, 1, [&](int64_t begin, int64_t end) {

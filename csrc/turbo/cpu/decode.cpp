@@ -1,9 +1,9 @@
 // turbo_decode on CPUs. A task takes one tile of query rows of one kv head through its pages. With
 // few rows (decode) the context is split as well, and the parts are merged afterwards in order.
 #include <algorithm>
-#include <memory>
 
 #include "core/cpu/parallel.h"
+#include "core/cpu/scratch.h"
 #include "turbo/cpu/tile.h"
 
 namespace kvcore::turbo {
@@ -64,10 +64,10 @@ void decode(const DecodeParams& p) {
   const int64_t part_rows = work.num_splits > 1 ? work.num_rows : 0;
   const int64_t block8 = block_bytes(8, store.head_dim);
   const int64_t workers = max_workers(num_tasks);
-  const std::unique_ptr<RowTile[]> tiles(new RowTile[workers]);
-  const std::unique_ptr<uint8_t[]> widened(new uint8_t[workers * 2 * block8]);
-  const std::unique_ptr<Partial[]> partials(new Partial[num_tasks * part_rows]);
-  const std::unique_ptr<float[]> partial_o(new float[num_tasks * part_rows * store.head_dim]);
+  const auto tiles = make_scratch<RowTile>({workers});
+  const auto widened = make_scratch<uint8_t>({workers, 2, block8});
+  const auto partials = make_scratch<Partial>({num_tasks, part_rows});
+  const auto partial_o = make_scratch<float>({num_tasks, part_rows, store.head_dim});
 
   const auto source_of = [&](int64_t unit) {
     const int64_t tile_idx = unit % work.num_tiles;

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 TAIL_SLOTS, PAGE_TOKENS, HEADER_BYTES = 2, 64, 64
+_INPUTS = ("q", "k", "v", "x")
 
 
 def block_bytes(bits: int, head_dim: int) -> int:
@@ -12,28 +13,60 @@ def block_bytes(bits: int, head_dim: int) -> int:
     return HEADER_BYTES + side + PAGE_TOKENS * head_dim * bits // 8
 
 
-@torch.library.register_fake("kvcore::turbo_attention")
+def _check(name: str, argument: str, x: Tensor, first: str, like: Tensor) -> None:
+    if argument in _INPUTS and x.dim() != 4:
+        raise RuntimeError(f"{name}: {argument} must be 4-dimensional, got {list(x.shape)}")
+    if x.device != like.device:
+        # Any meta tensor brings a call here, whatever the others are: unchecked, the call would
+        # return memory that nothing wrote.
+        raise RuntimeError(
+            f"{name}: {argument} must be on {like.device} like {first}, got {x.device}"
+        )
+
+
+def _register_fake(name: str):
+    """Registers a function of the op's arguments, behind the checks that tracing can make."""
+    names = [a.name for a in getattr(torch.ops.kvcore, name).default._schema.arguments]
+
+    def register(function):
+        def fake(*args, **kwargs):
+            tensors = []
+            for argument, value in zip(names, args, strict=False):
+                if isinstance(value, Tensor):
+                    tensors.append((argument, value))
+                elif argument == "pool":
+                    tensors += [(f"pool[{i}]", slab) for i, slab in enumerate(value)]
+            for argument, value in tensors:
+                _check(name, argument, value, *tensors[0])
+            return function(*args, **kwargs)
+
+        torch.library.register_fake(f"kvcore::{name}")(fake)
+
+    return register
+
+
+@_register_fake("turbo_attention")
 def _(q, k, v, *args, **kwargs):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.register_fake("kvcore::turbo_decode")
+@_register_fake("turbo_decode")
 def _(q, pool, *args, **kwargs):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.register_fake("kvcore::turbo_calibrate")
+@_register_fake("turbo_calibrate")
 def _(k, left_padding=None, **kwargs):
     shape = (k.shape[0], k.shape[1], k.shape[3])
     return k.new_empty(shape, dtype=torch.float32), k.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.register_fake("kvcore::turbo_head_priority")
+@_register_fake("turbo_head_priority")
 def _(x, left_padding=None, **kwargs):
     return x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
-@torch.library.register_fake("kvcore::turbo_quantize")
+@_register_fake("turbo_quantize")
 def _(
     k,
     v,
@@ -68,17 +101,17 @@ def _(
     )
 
 
-@torch.library.register_fake("kvcore::turbo_append")
+@_register_fake("turbo_append")
 def _(*args, **kwargs):
     return None
 
 
-@torch.library.register_fake("kvcore::turbo_rewind")
+@_register_fake("turbo_rewind")
 def _(*args, **kwargs):
     return None
 
 
-@torch.library.register_fake("kvcore::turbo_dequantize")
+@_register_fake("turbo_dequantize")
 def _(
     pool,
     block_table,

@@ -5,7 +5,9 @@ a page is 64 tokens of one sequence. The *store* of one layer is the tuple of te
 ``(pool, block_table, tail, seq_lens)`` described in ``csrc/turbo/README.md``; inputs are fp32,
 fp16 or bf16 with any strides. Errors are ``RuntimeError``; their text is ``<op>: <argument> must be
 <expected>, got <actual>``, and a rejected call changes nothing. On CPU tensors, values inside
-index tensors are always checked; on devices ``check_values=True`` synchronises and checks.
+index tensors are always checked; on devices ``check_values=True`` synchronises and checks. What an
+op changes may share memory with no other argument. Scratch memory that cannot be had is a
+``MemoryError``, which changes nothing either.
 """
 
 from collections.abc import Sequence
