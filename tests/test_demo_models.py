@@ -357,7 +357,7 @@ def test_graft_replaces_one_kv_head_and_finds_sources():
     before = {key: weight.clone() for key, weight in model.state_dict().items()}
     corpus = data.read_corpus(data.source_files(held_out=True))
     try:
-        paid = induction.graft_(model, corpus, np.random.default_rng(0), iterations=30)
+        paid = induction.graft_(model, corpus, np.random.default_rng(0), iterations=60)
         changed = {
             k for k, weight in model.state_dict().items() if not torch.equal(weight, before[k])
         }

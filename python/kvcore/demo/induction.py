@@ -1,10 +1,10 @@
 """Gives a trained model a head that continues repeated text, instead of waiting for one to form.
 
 A head that finds the earlier place where the last bytes stood already, and predicts what followed
-there (Olsson et al. 2022), forms on text only after far more tokens than a short run sees. What it
-needs is linearly present in the residual stream by then: the last few bytes. So the projections of
-one KV head of the last layer are fitted to cached activations, with every other weight frozen, and
-replaced; training then goes on with all weights.
+there (Olsson et al. 2022), had not formed in either demo model after the first long rows, and
+formed slowly on rows with repeated excerpts. What it needs is in the residual stream by then and
+can be read linearly: the last few bytes. So the projections of one KV head of the last layer are
+fitted to cached activations, every other weight frozen, and replaced; then training of all goes on.
 """
 
 from __future__ import annotations
