@@ -29,6 +29,7 @@ FORMAT = "kvcore-cache"
 VERSION = "1"
 METADATA = ("format", "version", "digest", "model", "settings", "layers")
 CODE_MAX = 119
+MIN_BALANCE = 2.0**-8
 MAX_LAYERS = 1 << 16
 MAX_TOKENS = 1 << 40
 
@@ -169,7 +170,7 @@ def check_store(layer: dict, tensors: dict[str, Tensor], sink_pages: int, field:
     check((tensors["clamp_count"] >= 0).all(), f"{field}.clamp_count", "at least 0", "less")
     _check_range(tensors["tail_scale"], 0.0, f"{field}.tail_scale")
     if layer["calibrated"]:
-        _check_range(tensors["k_balance"], math.ulp(0.0), f"{field}.k_balance")
+        _check_range(tensors["k_balance"], MIN_BALANCE, f"{field}.k_balance")
         _check_range(tensors["k_mean"], -math.inf, f"{field}.k_mean")
 
 

@@ -55,25 +55,30 @@ class PaddingTracker:
             return None
         key = (batch, seen, num_new)
         if self._lead is None or self._lead[0] != key:
-            self._lead = (key, self._leading_padding(batch, seen + num_new))
+            self._lead = (key, self._leading_padding(batch, seen, num_new))
         lead = self._lead[1]
         if lead is None:
             return None
         new = np.where(padding == seen, np.clip(lead - seen, 0, num_new), 0)
         return new if new.any() else None
 
-    def _leading_padding(self, batch: int, num_tokens: int) -> np.ndarray | None:
+    def _leading_padding(self, batch: int, seen: int, num_new: int) -> np.ndarray | None:
+        """int64 ``[batch]``: how many leading ones of all tokens may be padding."""
         mask = self._announced
+        begin = 0
         if mask.ndim == 4:
-            # The newest query sees every token that is not padding.
-            mask = mask[:, 0, -1, :num_tokens]
+            # Whatever else a mask hides, a token that is not padding sees itself.
+            if mask.shape[2] != num_new or mask.shape[3] < seen + num_new:
+                return None
+            mask = mask[:, 0, :, seen : seen + num_new].diagonal(dim1=1, dim2=2)
             shown = mask if mask.dtype == torch.bool else mask == 0
+            shown, begin = shown.expand(batch, num_new) if len(shown) == 1 else shown, seen
         else:
             shown = mask != 0
-        if tuple(shown.shape) != (batch, num_tokens):
+        if tuple(shown.shape) != (batch, seen + num_new - begin):
             return None
-        first = torch.where(shown.any(-1), shown.int().argmax(-1), num_tokens)
-        return first.cpu().numpy().astype(np.int64)
+        first = torch.where(shown.any(-1), shown.int().argmax(-1), shown.shape[1])
+        return begin + first.cpu().numpy().astype(np.int64)
 
     def is_plain(
         self, mask: Tensor, q_len: int, num_tokens: int, padding: np.ndarray, causal: bool

@@ -35,11 +35,12 @@ def save(cache, path: str | os.PathLike) -> None:
     rows, tensors = [], {}
     for i, layer in enumerate(cache.layers):
         row, held = _export(layer, i)
+        for name in _not_finite(row, held):
+            raise ValueError(f"TurboCache.save: {name} of layer {i} holds NaN or infinity")
         rows.append(row)
         tensors |= {f"layers.{i}.{name}": tensor.cpu() for name, tensor in held.items()}
     settings = dataclasses.asdict(cache.settings)
     stated = {name: settings[name] for name in sorted(_SETTINGS)}
-    stated["max_cache_len"] = cache.max_cache_len
     metadata = {
         "format": file_format.FORMAT,
         "version": file_format.VERSION,
@@ -56,11 +57,19 @@ def save(cache, path: str | os.PathLike) -> None:
     try:
         save_file(tensors, partial, metadata=metadata)
         os.replace(partial, target)
+    except SafetensorError as error:
+        raise OSError(f"TurboCache.save: {target} cannot be written: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
 
 
-def load(cls, path: str | os.PathLike, config: PretrainedConfig, device: torch.device):
+def load(
+    cls,
+    path: str | os.PathLike,
+    config: PretrainedConfig,
+    max_cache_len: int | None,
+    device: torch.device,
+):
     """See :meth:`kvcore.cache.TurboCache.load`."""
     metadata, tensors = read(path)
     facts = file_format.parse_json(metadata, "model", dict)
@@ -68,7 +77,7 @@ def load(cls, path: str | os.PathLike, config: PretrainedConfig, device: torch.d
         check(name in facts, "model", f"the facts of a model with {name}", sorted(facts))
         check(facts[name] == value, f"model.{name}", f"{value!r} as the config has it", facts[name])
     settings = file_format.parse_json(metadata, "settings", dict)
-    check_names(settings, _SETTINGS | {"max_cache_len"}, "settings")
+    check_names(settings, _SETTINGS, "settings")
     rows = file_format.parse_json(metadata, "layers", list)
     check(len(rows) <= file_format.MAX_LAYERS, "layers", "a list of layers", len(rows))
     for i, row in enumerate(rows):
@@ -79,7 +88,7 @@ def load(cls, path: str | os.PathLike, config: PretrainedConfig, device: torch.d
         # Of the layers that are not quantized the width means nothing.
         arguments[name] = [row.get(f"layer_{name}", 4) for row in rows]
     try:
-        cache = cls(config, **arguments)
+        cache = cls(config, max_cache_len=max_cache_len, **arguments)
     except (TypeError, ValueError) as error:
         raise CacheFileError(f"cache file: settings do not make a cache: {error}") from error
     check(
@@ -194,6 +203,20 @@ def _export(layer: object, index: int) -> tuple[dict, dict[str, Tensor]]:
     )
 
 
+def _not_finite(row: dict, held: dict[str, Tensor]) -> list[str]:
+    """Tensors that hold NaN or infinity where they must not.
+
+    Blocks of a store have a mark for it, and what padding tokens hold is of no use to anyone.
+    """
+    if row["kind"] == "turbo" and row["state"] == "exact":
+        padding = torch.tensor(row["padding"])[:, None]
+        real = torch.arange(held["keys"].shape[2]) >= padding
+        held = {name: x.cpu().transpose(1, 2)[real] for name, x in held.items()}
+    elif row["kind"] != "linear":
+        return []
+    return [name for name, x in held.items() if not x.isfinite().all()]
+
+
 def _kv_row(held: dict[str, Tensor]) -> dict:
     k, v = held["keys"], held["values"]
     dtype = str(k.dtype).removeprefix("torch.")
@@ -230,7 +253,12 @@ def _form(row: dict, layer: object, field: str) -> dict[str, tuple]:
         check_names(row, common, field)
         return {}
     dtype = row.get("dtype")
-    check(dtype in _DTYPES, f"{field}.dtype", f"one of {sorted(_DTYPES)}", dtype)
+    check(
+        isinstance(dtype, str) and dtype in _DTYPES,
+        f"{field}.dtype",
+        f"one of {sorted(_DTYPES)}",
+        dtype,
+    )
     if state == "quantized":
         stored = {
             "batch",
@@ -267,6 +295,8 @@ def _form(row: dict, layer: object, field: str) -> dict[str, tuple]:
 def _restore(
     row: dict, layer: object, held: dict[str, Tensor], field: str, device: torch.device
 ) -> None:
+    for name in _not_finite(row, held):
+        check(False, f"{field}.{name}", "finite", "NaN or infinity")
     if row["kind"] == "linear":
         linear.restore_linear(layer, row, {n: t.to(device) for n, t in held.items()})
     elif row["kind"] != "dummy" and row["state"] == "quantized":

@@ -28,6 +28,9 @@ def export_store(store: TurboStore) -> tuple[dict, dict[str, Tensor]]:
     """
     num_pages = int((store.lens() // PAGE_TOKENS).max(initial=0))
     table = store.host_table[..., :num_pages].copy()
+    # A store of fixed capacity has blocks for what is to come.
+    is_full = np.arange(num_pages) < (store.lens() // PAGE_TOKENS)[:, None]
+    table[~np.broadcast_to(is_full[:, None, None], table.shape)] = -1
     used, first, inverse = np.unique(table[table >= 0], return_index=True, return_inverse=True)
     widths = {block_bytes(bits, store.head_dim): bits for bits in WIDTHS}
     slab_bits = np.array([widths[slab.shape[1]] for slab in store.pool.slabs], dtype=np.int64)

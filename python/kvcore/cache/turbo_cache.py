@@ -144,6 +144,7 @@ class TurboCache(DynamicCache):
         path: str | os.PathLike,
         config: PretrainedConfig,
         *,
+        max_cache_len: int | None = None,
         device: torch.device | str = "cpu",
     ) -> TurboCache:
         """Reads a cache that :meth:`save` wrote; decoding continues bitwise as it would have.
@@ -155,12 +156,13 @@ class TurboCache(DynamicCache):
         Args:
             path: the file.
             config: the model's configuration.
+            max_cache_len: as of the constructor; a file does not say how much memory to take.
             device: where the model is.
 
         Raises:
             CacheFileError: a ValueError, naming the field.
         """
-        return serialize.load(cls, path, config, torch.device(device))
+        return serialize.load(cls, path, config, max_cache_len, torch.device(device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sequence ``repeats`` times, in place of it."""

@@ -1,0 +1,93 @@
+"""Tiny models of three architectures with head_dim 64, with and without a cache."""
+
+import functools
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3NextConfig
+
+transformers.logging.set_verbosity_error()
+
+NAMES = ("llama", "qwen3", "qwen3_next")
+VOCAB = 96
+_COMMON = {
+    "vocab_size": VOCAB,
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    # Wide enough that attention is not uniform, narrow enough that the model is not chaotic.
+    "initializer_range": 0.1,
+}
+_LINEAR = {
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "mlp_only_layers": [0, 1],
+    "layer_types": ["linear_attention", "full_attention"],
+}
+
+
+def config(name, **arguments):
+    if name == "qwen3_next":
+        return Qwen3NextConfig(**{**_COMMON, **_LINEAR, **arguments})
+    kind = {"llama": LlamaConfig, "qwen3": Qwen3Config}[name]
+    return kind(**{**_COMMON, **arguments})
+
+
+@functools.cache
+def model(name):
+    """Shared by tests: who changes it restores it."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config(name)).eval()
+
+
+def prompt(batch, tokens, padding=(), seed=0):
+    """Token ids and attention mask; ``padding[b]`` leading ones of sequence b are padding."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (batch, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    for b, count in enumerate(padding):
+        ids[b, :count] = 0
+        mask[b, :count] = 0
+    return ids, mask
+
+
+@torch.no_grad()
+def full_logits(name, ids, mask):
+    """Logits of every position in one pass without a cache, fp32, transformers' own attention."""
+    net = model(name)
+    before = net.config._attn_implementation
+    net.set_attn_implementation("eager")
+    logits = net(ids, attention_mask=mask, use_cache=False).logits
+    net.set_attn_implementation(before)
+    return logits
+
+
+@torch.no_grad()
+def stepwise_logits(name, cache, ids, mask, steps):
+    """Logits of every position through a cache, in chunks of the given lengths."""
+    net, chunks, begin = model(name), [], 0
+    for step in steps:
+        end = begin + step
+        out = net(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache)
+        chunks.append(out.logits)
+        begin = end
+    assert begin == ids.shape[1]
+    return torch.cat(chunks, 1)
+
+
+def real(values, mask):
+    """Rows of ``values`` at tokens that are not padding."""
+    return values[mask.bool()]
