@@ -26,8 +26,10 @@ from kvcore.cache.static_layer import StaticTurboLayer
 
 SHORT_SEEDS, LONG_SEEDS, SEEDS_PER_TEST = 240, 10_000, 250
 MAX_TOKENS = 600
-# Of K and V that are stored in 8 bits; 2 and 4 bits are checked against the single store only.
-DENSE_TOLERANCE = 0.02
+# Relative error of K in 8 bits; 2 and 4 bits are checked against the single store only. A store of
+# fixed capacity that began with fewer than 16 tokens is not calibrated: then the range of all
+# channels is that of the widest.
+DENSE_TOLERANCE = {True: 0.02, False: 0.04}
 
 
 class Run:
@@ -181,7 +183,8 @@ class Run:
             # follows or a crop that opened a page again, outweighs the rounding of all others.
             exact = self.settings.k_bits == 8 and not self.settings.low_bit_heads
             if exact and mine.numel() and not clamped[0].any():
-                assert relative_l2(mine[0], mirror.dense[0]) < DENSE_TOLERANCE
+                calibrated = bool((layer.store.k_balance[b] != 1).any())
+                assert relative_l2(mine[0], mirror.dense[0]) < DENSE_TOLERANCE[calibrated]
         if layer.store is not None:
             self.check_store(layer.synced_store())
 

@@ -16,9 +16,10 @@ from transformers import MistralConfig
 import hf_models
 import kvcore.hf
 from cache_tools import FailingAllocation, random_kv
-from hf_models import model, prompt
+from hf_models import HYBRID_NAMES, NAMES, model, needs_hybrids, prompt
 from kvcore.cache import CacheFileError, TurboCache, file_format
 
+SAVED = ("llama", *HYBRID_NAMES)
 SHORT_MUTATIONS, LONG_MUTATIONS, MUTATIONS_PER_TEST = 300, 10_000, 500
 
 
@@ -68,7 +69,7 @@ def rewrite(source, target, change, *, sign=True):
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("tokens", [40, 150])
-@pytest.mark.parametrize("name", hf_models.NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_decoding_continues_bitwise(tmp_path, name, tokens, static):
     net = kvcore.hf.enable(model(name))
     ids, mask = prompt(3, tokens + 70, (0, 9, 33))
@@ -117,11 +118,12 @@ def test_beams_stay_shared_and_spare_room_is_left_out(tmp_path, generator):
 
 @pytest.mark.parametrize("tokens", [0, 5])
 def test_empty_and_exact_layers(tmp_path, generator, tokens):
-    cache = TurboCache(hf_models.config("qwen3_next"))
+    name = NAMES[-1]
+    cache = TurboCache(hf_models.config(name))
     if tokens:
         cache.update(*random_kv(generator, 2, tokens, dtype=torch.bfloat16), 1)
     cache.save(tmp_path / "cache")
-    other = load(tmp_path / "cache", "qwen3_next")
+    other = load(tmp_path / "cache", name)
     assert other.get_seq_length(1) == tokens
     k, v = random_kv(generator, 2, 80, dtype=torch.bfloat16)
     for each in (cache, other):
@@ -185,7 +187,8 @@ def test_layers_without_a_format_are_named(tmp_path):
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     filled().save(folder / "llama")
-    filled("qwen3_next", low_bit_heads=0.5).save(folder / "qwen3_next")
+    for name in HYBRID_NAMES:
+        filled(name, low_bit_heads=0.5).save(folder / name)
     filled(tokens=20).save(folder / "exact")
     return folder
 
@@ -390,6 +393,7 @@ REFUSED_LINEAR = [
 ]
 
 
+@needs_hybrids
 @pytest.mark.parametrize(("change", "message"), REFUSED_LINEAR)
 def test_refused_linear(tmp_path, saved, change, message):
     rewrite(saved / "qwen3_next", tmp_path / "file", change)
@@ -435,7 +439,7 @@ def mutate(content, rng):
 
 
 def fuzz_bytes(folder, path, seeds):
-    contents = {name: (folder / name).read_bytes() for name in ("llama", "qwen3_next", "exact")}
+    contents = {name: (folder / name).read_bytes() for name in (*SAVED, "exact")}
     for seed in seeds:
         rng = random.Random(seed)
         name = rng.choice(sorted(contents))
@@ -459,7 +463,7 @@ def fuzz_content(folder, path, seeds):
     """Changed facts and values under a digest that is right: refused, or a cache that works."""
     for seed in seeds:
         rng = random.Random(seed)
-        name = rng.choice(["llama", "qwen3_next", "exact"])
+        name = rng.choice([*SAVED, "exact"])
 
         def change(metadata, parts, tensors, rng=rng):
             for _ in range(rng.choice([1, 1, 2])):

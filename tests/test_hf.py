@@ -13,7 +13,16 @@ import hf_models
 import kvcore.hf
 from cache_tools import random_kv, turbo_layer
 from compare import relative_l2
-from hf_models import NAMES, full_logits, model, prompt, real, stepwise_logits
+from hf_models import (
+    HYBRID_NAMES,
+    NAMES,
+    full_logits,
+    model,
+    needs_hybrids,
+    prompt,
+    real,
+    stepwise_logits,
+)
 from kvcore.cache import TurboCache
 from kvcore.cache.view import LazyKV
 from kvcore.hf.attention import exact_attention, kvcore_attention
@@ -202,12 +211,13 @@ def test_prompt_lookup_crops(name):
     cache.crop = lambda count: (cropped.append(count), crop(cache, count))
     out = model(name).generate(ids, attention_mask=mask, past_key_values=cache, do_sample=False,
                                max_new_tokens=30, prompt_lookup_num_tokens=4,
-                               eos_token_id=None)  # fmt: skip
+                               eos_token_id=hf_models.VOCAB)  # fmt: skip
     assert best_choices(name, out, mask, 120).max() < LOGIT_ERROR
     assert any(cropped)
     assert kvcore.hf.fallback_reasons() == {}
 
 
+@needs_hybrids
 def test_assisted_decoding_is_refused_for_hybrids():
     name = "qwen3_next"
     kvcore.hf.enable(model(name))
@@ -241,7 +251,7 @@ def test_turns_and_reset(name):
     assert torch.equal(again, fresh)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_next"])
+@pytest.mark.parametrize("name", ["llama", *HYBRID_NAMES])
 def test_several_answers_to_one_prompt(name):
     """The prompt is read once and repeated; answers share its pages."""
     kvcore.hf.enable(model(name))

@@ -267,6 +267,9 @@ class TurboStore:
         lens = num_tokens - padding
         fills = (lens // PAGE_TOKENS + 1) * PAGE_TOKENS + padding
         self._next_fill = int(fills.min()) if len(fills) else num_tokens + PAGE_TOKENS
+        # Asked in every step, so kept as plain values.
+        self.is_padded = bool(padding.any())
+        self.may_have_empty = not lens.all()
 
     def _open_pages(self, new_lens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Gives a block to every page that fills on the way to ``new_lens``.

@@ -70,7 +70,6 @@ class TurboCache(DynamicCache):
             if max_cache_len < 1:
                 raise ValueError(f"TurboCache: max_cache_len must be positive, got {max_cache_len}")
             self.layers = StaticCache(config=text_config, max_cache_len=max_cache_len).layers
-        self.max_cache_len = max_cache_len
         self.model_facts = serialize.model_facts(config)
         self.settings = TurboSettings(
             sink_pages=sink_pages,
@@ -103,6 +102,13 @@ class TurboCache(DynamicCache):
                 self.layers[i] = StaticTurboLayer(
                     settings, self.tracker, i, max_cache_len=max_cache_len
                 )
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether ``crop`` undoes the newest tokens of every layer; recurrent states cannot."""
+        return all(
+            getattr(layer, "is_croppable", not linear.is_linear(layer)) for layer in self.layers
+        )
 
     def turbo_layers(self) -> list[TurboLayer]:
         """The layers that are quantized."""

@@ -172,12 +172,14 @@ class TurboLayer(CacheLayerMixin):
         if store.seq_lens.device != self.device:
             self.prefetch()
         num_new = k.shape[2]
-        needs_grad = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
         if num_new:
-            padding = self.tracker.new_padding(
-                store.batch, store.num_tokens, num_new, store.padding
-            )
-            if needs_grad:
+            padding = None
+            # Only a sequence without tokens can begin with padding.
+            if store.may_have_empty:
+                padding = self.tracker.new_padding(
+                    store.batch, store.num_tokens, num_new, store.padding
+                )
+            if (k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
                 return self._update_with_grad(k, v, padding)
             store.append(k, v, padding)
         snapshot = Snapshot(self)

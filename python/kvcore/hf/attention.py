@@ -46,7 +46,7 @@ def kvcore_attention(
     """
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    special = {name: kwargs[name] for name in _SPECIAL if _is_set(kwargs.get(name))}
+    special = {name: kwargs[name] for name in _SPECIAL if name in kwargs and _is_set(kwargs[name])}
     rebuilt = False
     if type(key) is StaticView:
         if not special and not dropout and kwargs.get("sliding_window") is None:
@@ -132,7 +132,7 @@ def _reason(
         return "query dtype", "dtype or device of the queries differ from those of K and V"
     if mask is None:
         # No mask shows every token, padding too; the store does not have it.
-        if store.padding.any():
+        if store.is_padded:
             return "no mask", "sequences are padded, but the model passed no attention mask"
         return None
     tracker = layer.tracker
