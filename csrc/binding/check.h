@@ -44,7 +44,10 @@ inline std::string format_shape(std::initializer_list<int64_t> sizes) {
   return format_shape<std::initializer_list<int64_t>>(sizes);
 }
 
-inline std::string format_shape(const Tensor& tensor) { return format_shape(tensor.sizes()); }
+// A tensor argument can be None: torch passes it as an undefined tensor of shape [0].
+inline std::string format_shape(const Tensor& tensor) {
+  return tensor.defined() ? format_shape(tensor.sizes()) : "None";
+}
 
 // The name that Python prints, without "torch.".
 inline std::string format_dtype(ScalarType dtype) {
@@ -86,7 +89,7 @@ inline const char* argument_name(const char* expression) {
 }
 
 inline bool shape_matches(const Tensor& tensor, std::initializer_list<int64_t> expected) {
-  if (tensor.dim() != static_cast<int64_t>(expected.size())) return false;
+  if (!tensor.defined() || tensor.dim() != static_cast<int64_t>(expected.size())) return false;
   int64_t i = 0;
   for (const int64_t size : expected) {
     if (size != kAnySize && tensor.size(i) != size) return false;

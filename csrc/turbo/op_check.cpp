@@ -178,7 +178,7 @@ void MemoryRanges::check_disjoint(const char* op) {
       binding::fail_check(op, "pool", "slabs that do not overlap",
                           a->name() + " and " + b->name() + " in the same memory");
     }
-    if (b->access == Access::kWrite) std::swap(a, b);
+    if (a->access != Access::kWrite) std::swap(a, b);
     binding::fail_check(op, a->name(), "in memory of its own", "that of " + b->name());
   };
   std::sort(ranges_.begin(), ranges_.end(),
