@@ -30,7 +30,7 @@ help:
 	@echo "make build   compile and install in place (editable)"
 	@echo "make test    the test suite"
 	@echo "make slow    the tests marked slow, which make test leaves out"
-	@echo "make demo    a model with a compressed cache, in about a minute"
+	@echo "make demo    full and compressed caches compared on two small models"
 	@echo "make isa     the tests marked isa at each of: $(ISA_LEVELS)"
 	@echo "make asan    the tests marked asan under AddressSanitizer and UBSan"
 	@echo "make lint    ruff and clang-format, nothing changed;  make format  changes"

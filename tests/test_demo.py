@@ -66,8 +66,10 @@ def test_chunks_read_what_decoding_reads(control):
         full, two = through_caches(control, [FULL, TWO], text, 128, chunk=chunk)
         found[chunk] = kl_divergence(full, two).mean().item(), two
     assert found[32][0] == pytest.approx(found[1][0], rel=0.1)
+    # A block that opens with many tokens knows a larger maximum, so some codes round elsewhere.
+    # Unrelated errors would be twice as far from each other as each is from the full cache.
     between = kl_divergence(found[1][1], found[32][1]).mean().item()
-    assert between < 0.1 * found[1][0]
+    assert between < 0.5 * found[1][0]
 
 
 def test_compare_against_hand_computed_figures(work):
