@@ -370,3 +370,21 @@ def test_arguments_are_accepted_as_they_are():
     out, lse = kvcore.turbo_attention(**arguments())
     assert_same_nonfinite(out, torch.zeros_like(out))
     assert lse.isfinite().all()
+
+
+@pytest.mark.asan
+@each_backend
+@pytest.mark.parametrize("window", [2**62, 2**63 - 1])
+@pytest.mark.parametrize("tokens", [2, 130])
+def test_a_window_wider_than_any_context_hides_nothing(backend, window, tokens):
+    """With more queries than keys the first key of a row is counted from below zero."""
+    q, k, v = (x.to(backend.device) for x in make_qkv(Shape(64, tokens, tokens + 6)))
+    out, lse = backend.ops.turbo_attention(q, k, v, causal=True)
+    windowed, windowed_lse = backend.ops.turbo_attention(q, k, v, causal=True, window=window)
+    assert_bitwise_equal(windowed, out, "out")
+    assert_bitwise_equal(windowed_lse, lse, "lse")
+    *pools, table, tail, _, _, seq_lens = backend.ops.turbo_quantize(k, v)
+    store = ([pool for pool in pools if len(pool)], table, tail, seq_lens)
+    out, _ = backend.ops.turbo_decode(q, *store)
+    windowed, _ = backend.ops.turbo_decode(q, *store, window=window)
+    assert_bitwise_equal(windowed, out, "decode")

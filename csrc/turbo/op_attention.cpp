@@ -13,6 +13,9 @@ using binding::input_view;
 using binding::new_output;
 using binding::output_view;
 
+// Wider than any context, and as first_key = end_key - window is computed, far from overflow.
+constexpr int64_t kMaxWindow = int64_t{1} << 62;
+
 std::string indexed(const char* name, int64_t index) { return name + format_shape({index}); }
 
 Softmax check_softmax(const char* op, bool causal, std::optional<double> scale,
@@ -31,7 +34,7 @@ Softmax check_softmax(const char* op, bool causal, std::optional<double> scale,
   }
   return {.scale = static_cast<float>(factor),
           .causal = causal,
-          .window = window.value_or(0),
+          .window = std::min(window.value_or(0), kMaxWindow),
           .exact = !sas_threshold,
           .sas_threshold = static_cast<float>(sas_threshold.value_or(0))};
 }

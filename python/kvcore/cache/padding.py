@@ -25,6 +25,10 @@ class PaddingTracker:
         self._lead: tuple[tuple[int, int, int], np.ndarray | None] | None = None
         self._verdict: tuple | None = None
 
+    def __getstate__(self) -> dict:
+        # A weak reference cannot be pickled, and a copy has masks of its own.
+        return {**vars(self), "_verdict": None}
+
     def announce(self, attention_mask: object, *, native: bool) -> None:
         """Takes the mask of a forward pass: ``[batch, tokens]``, ``[batch, 1, q_len, tokens]``, a
         dict of the latter by layer type, or None."""
@@ -32,7 +36,7 @@ class PaddingTracker:
         if isinstance(attention_mask, dict):
             attention_mask = attention_mask.get("full_attention")
         self._announced = attention_mask if isinstance(attention_mask, Tensor) else None
-        self._lead = None
+        self._lead = self._verdict = None
 
     def forget(self) -> None:
         """Drops the announced mask: the tokens it was about are not those that come next."""
@@ -95,7 +99,9 @@ class PaddingTracker:
             padding: int64 ``[batch]``.
             causal: False if queries see later tokens too.
         """
-        key = (mask._version, q_len, num_tokens, padding.tobytes(), causal)
+        # Tensors of inference mode do not count their changes; the next forward pass asks anew.
+        version = None if mask.is_inference() else mask._version
+        key = (version, q_len, num_tokens, padding.tobytes(), causal)
         if self._verdict is not None and self._verdict[0]() is mask and self._verdict[1] == key:
             return self._verdict[2]
         plain = _is_plain(mask, q_len, num_tokens, padding, causal)

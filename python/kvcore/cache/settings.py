@@ -11,6 +11,9 @@ TAIL_SLOTS = 2
 SLAB_INDEX_BITS = 21
 WIDTHS = (8, 4, 2)
 HEAD_DIMS = (64, 96, 128, 256)
+# What the ops accept, so that a cache is refused when it is made and not at its first full page.
+MIN_SAS_THRESHOLD = -87.0
+MAX_TAIL_MARGIN = 2.0**127
 
 
 def block_bytes(bits: int, head_dim: int) -> int:
@@ -52,12 +55,14 @@ class TurboSettings:
             ("low_bit_heads", "in [0, 1]", _is_number(self.low_bit_heads, 0, 1)),
             ("balance", "a bool", isinstance(self.balance, bool)),
             ("subtract_mean", "a bool", isinstance(self.subtract_mean, bool)),
-            ("tail_margin", "at least 1", _is_number(self.tail_margin, 1, math.inf)),
+            ("tail_margin", "in [1, 2^127]", _is_number(self.tail_margin, 1, MAX_TAIL_MARGIN)),
             (
                 "sas_threshold",
-                "negative or None",
+                "in [-87, 0) or None",
                 self.sas_threshold is None
-                or (_is_number(self.sas_threshold, -math.inf, 0) and self.sas_threshold < 0),
+                or (
+                    _is_number(self.sas_threshold, MIN_SAS_THRESHOLD, 0) and self.sas_threshold < 0
+                ),
             ),
             ("rotary_dim", "an even int or -1", _is_rotary(self.rotary_dim)),
         )

@@ -62,6 +62,14 @@ class TurboStore:
         self._next_fill = 0
         self.set_tokens(num_tokens, padding)
 
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "host_table"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        # Of the copied table: on the CPU the two are the same memory.
+        self.host_table = _host(self.block_table)
+
     @classmethod
     def quantize(
         cls, k: Tensor, v: Tensor, padding: np.ndarray, settings: TurboSettings
