@@ -19,8 +19,9 @@ class PaddingTracker:
     """
 
     def __init__(self) -> None:
-        # Whether the model that announced it attends over compressed caches itself.
-        self.native = False
+        # Whether the model that announced it attends over compressed caches itself; None: no model
+        # has announced anything.
+        self.native: bool | None = None
         self._announced: Tensor | None = None
         self._lead: tuple[tuple[int, int, int], np.ndarray | None] | None = None
         self._verdict: tuple | None = None

@@ -11,7 +11,7 @@ from kvcore.cache.padding import PaddingTracker
 from kvcore.cache.settings import TurboSettings
 from kvcore.cache.static_store import StaticStore
 from kvcore.cache.turbo_layer import TurboLayer
-from kvcore.cache.view import LazyKV, Snapshot
+from kvcore.cache.view import Snapshot
 
 
 class StaticView:
@@ -99,8 +99,7 @@ class StaticTurboLayer(TurboLayer):
         self._publish()
         if first:
             return exact
-        snapshot = Snapshot(self, None if self.tracker.native else self.max_cache_len)
-        return LazyKV(snapshot, 0), LazyKV(snapshot, 1)
+        return self._views(Snapshot(self, None if self.tracker.native else self.max_cache_len))
 
     def rebuild(self) -> tuple[Tensor, Tensor]:
         """K and V ``[batch, kv_heads, max_cache_len, head_dim]`` without the host's help.

@@ -87,6 +87,10 @@ class TurboCache(DynamicCache):
         for i, layer in enumerate(self.layers):
             # Subclasses hold more than K and V, or not all of it.
             if type(layer) not in (DynamicLayer, StaticLayer):
+                is_sliding = getattr(layer, "is_sliding", False)
+                if not (is_sliding or linear.is_linear(layer) or linear.is_dummy(layer)):
+                    kind = type(layer).__name__
+                    reasons.record("unsupported layer", f"a {kind} stays what it is, uncompressed")
                 continue
             if head_dim not in HEAD_DIMS:
                 supported = ", ".join(map(str, HEAD_DIMS))

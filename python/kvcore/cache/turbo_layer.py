@@ -158,6 +158,12 @@ class TurboLayer(CacheLayerMixin):
             if first:
                 self.lazy_initialization(k, v)
             self._check_states(k, v)
+            if _needs_grad(k, v) and self.get_seq_length():
+                reasons.record(
+                    "gradients",
+                    "K and V require gradients, which reach the tokens of the current call only, "
+                    "and attention is exact. Use torch.no_grad() for inference",
+                )
             if self.store is None:
                 return self._update_exact(k, v)
             return self._update_store(k, v)
@@ -179,20 +185,21 @@ class TurboLayer(CacheLayerMixin):
                 padding = self.tracker.new_padding(
                     store.batch, store.num_tokens, num_new, store.padding
                 )
-            if (k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
+            if _needs_grad(k, v):
                 return self._update_with_grad(k, v, padding)
             store.append(k, v, padding)
-        snapshot = Snapshot(self)
+        return self._views(Snapshot(self))
+
+    def _views(self, snapshot: Snapshot) -> tuple[Tensor, Tensor]:
+        if self.tracker.native is False:
+            # The model reads them at once, perhaps with flex_attention, which compiles itself and
+            # takes plain tensors only.
+            return snapshot.materialize(0), snapshot.materialize(1)
         return LazyKV(snapshot, 0), LazyKV(snapshot, 1)
 
     def _update_with_grad(
         self, k: Tensor, v: Tensor, padding: np.ndarray | None
     ) -> tuple[Tensor, Tensor]:
-        reasons.record(
-            "gradients",
-            "K and V require gradients, so the cache is rebuilt for exact attention; gradients "
-            "reach the tokens of the current call only. Use torch.no_grad() for inference",
-        )
         old = self.dequantize()
         both = [torch.cat([o, new], 2) for o, new in zip(old, (k, v), strict=True)]
         self.store.append(k.detach(), v.detach(), padding)
@@ -372,6 +379,10 @@ def _unsupported(
         return None
     reasons.record(f"unsupported {name}", f"{detail}; the layer is cached exactly")
     return name
+
+
+def _needs_grad(k: Tensor, v: Tensor) -> bool:
+    return (k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
 
 
 def _check(name: str, what: str, expected: object, actual: object) -> None:
