@@ -14,6 +14,7 @@ HEAD_DIMS = (64, 96, 128, 256)
 # What the ops accept, so that a cache is refused when it is made and not at its first full page.
 MIN_SAS_THRESHOLD = -87.0
 MAX_TAIL_MARGIN = 2.0**127
+MAX_SINK_PAGES = 2**31 - 1
 
 
 def block_bytes(bits: int, head_dim: int) -> int:
@@ -51,7 +52,7 @@ class TurboSettings:
         check_bits("k_bits", self.k_bits)
         check_bits("v_bits", self.v_bits)
         rules = (
-            ("sink_pages", "an int of at least 0", _is_int(self.sink_pages, 0)),
+            ("sink_pages", "an int in [0, 2^31)", _is_int(self.sink_pages, 0, MAX_SINK_PAGES)),
             ("low_bit_heads", "in [0, 1]", _is_number(self.low_bit_heads, 0, 1)),
             ("balance", "a bool", isinstance(self.balance, bool)),
             ("subtract_mean", "a bool", isinstance(self.subtract_mean, bool)),
@@ -72,8 +73,8 @@ class TurboSettings:
                 raise ValueError(f"TurboCache: {name} must be {expected}, got {value!r}")
 
 
-def _is_int(value: object, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+def _is_int(value: object, low: int, high: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def _is_number(value: object, low: float, high: float) -> bool:
