@@ -58,7 +58,7 @@ inline void cp_async(void* smem, const void* gmem, bool valid, const std::source
   }
   PendingCopy copy{smem, {}, kBytes};
   __builtin_memcpy(copy.bytes, bytes, kBytes);
-  begin_copy(copy);
+  begin_copy(copy, where);
   const uint32_t poison[4] = {~0u, ~0u, ~0u, ~0u};
   copy_words<kBytes>(smem, poison);
 }
@@ -77,7 +77,9 @@ inline void cp_async_4(void* smem, const void* gmem, bool valid = true,
                        std::source_location where = std::source_location::current()) {
   simt::cp_async<4>(smem, gmem, valid, where);
 }
-inline void cp_async_commit() { simt::commit_copies(); }
+inline void cp_async_commit(std::source_location where = std::source_location::current()) {
+  simt::commit_copies(where);
+}
 template <int kPending>
 inline void cp_async_wait() {
   simt::wait_copies(kPending, &simt::land);

@@ -92,6 +92,16 @@ void Context::free() {
   munmap(static_cast<char*>(const_cast<void*>(stack_bottom)) - guard, stack_bytes + guard);
 }
 
+void Context::join() {
+#if KVCORE_SIMT_TSAN
+  void* caller = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(tsan_fiber, 1);
+  tsan_release(&tsan_fiber);
+  __tsan_switch_to_fiber(caller, 1);
+  tsan_acquire(&tsan_fiber);
+#endif
+}
+
 void Context::start(void (*entry)()) {
   char* bottom = static_cast<char*>(const_cast<void*>(stack_bottom));
 #if KVCORE_SIMT_ASAN

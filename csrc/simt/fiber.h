@@ -19,6 +19,8 @@ struct Context {
   static Context with_stack();
   /// Of a context made by with_stack.
   void free();
+  /// Orders all that the context has done before what the caller does next.
+  void join();
   /// The next switch to this context calls entry(), which must not return.
   void start(void (*entry)());
 };

@@ -27,6 +27,23 @@ namespace {
 constexpr unsigned kMaxThreads = 1024;  // of a block
 constexpr const char* kBarrier = "__syncthreads";
 
+// What runs on a fiber must neither allocate nor call memmove: ThreadSanitizer sees those even in
+// sources that it does not instrument, and would take them for races between CUDA threads.
+template <class T, size_t kCapacity>
+class Queue {
+ public:
+  size_t size() const { return end_ - begin_; }
+  bool full() const { return size() == kCapacity; }
+  T& operator[](size_t i) { return items_[(begin_ + i) % kCapacity]; }
+  void push(const T& item) { items_[end_++ % kCapacity] = item; }
+  T pop() { return items_[begin_++ % kCapacity]; }
+  void clear() { begin_ = end_ = 0; }
+
+ private:
+  size_t begin_ = 0, end_ = 0;
+  T items_[kCapacity];
+};
+
 // Lanes of a warp that wait for the others of their mask.
 struct Meeting {
   const Collective* collective = nullptr;  // null: free
@@ -50,9 +67,9 @@ struct Thread {
   // What it waits for, for reports; null while it runs.
   const char* waits_in = nullptr;
   std::source_location where;
-  std::vector<PendingCopy> copies;
-  std::vector<size_t> groups;  // copies in each committed group, oldest first
-  size_t committed = 0;        // copies in all of them
+  Queue<PendingCopy, 512> copies;  // oldest first
+  Queue<unsigned, 512> groups;     // copies in each committed group
+  unsigned uncommitted = 0;        // newest copies, in no group yet
 
   Warp& warp() const;
 };
@@ -66,8 +83,7 @@ struct Launch {
   std::vector<Warp> warps;
   unsigned num_threads = 0, alive = 0;
 
-  std::vector<Thread*> ready;
-  size_t next_ready = 0;  // of `ready`, in order; unused when shuffled
+  Queue<Thread*, kMaxThreads> ready;
   bool shuffled = false;
   std::minstd_rand random;
 
@@ -121,19 +137,10 @@ bool same_place(const std::source_location& a, const std::source_location& b) {
 
 // Null if none is ready.
 Thread* take_ready() {
-  if (launch.shuffled) {
-    if (launch.ready.empty()) return nullptr;
-    std::swap(launch.ready[launch.random() % launch.ready.size()], launch.ready.back());
-    Thread* thread = launch.ready.back();
-    launch.ready.pop_back();
-    return thread;
-  }
-  if (launch.next_ready == launch.ready.size()) return nullptr;
-  if (launch.next_ready > kMaxThreads) {
-    launch.ready.erase(launch.ready.begin(), launch.ready.begin() + kMaxThreads);
-    launch.next_ready -= kMaxThreads;
-  }
-  return launch.ready[launch.next_ready++];
+  if (launch.ready.size() == 0) return nullptr;
+  if (!launch.shuffled) return launch.ready.pop();
+  std::swap(launch.ready[launch.random() % launch.ready.size()], launch.ready[0]);
+  return launch.ready.pop();
 }
 
 void make_current(Thread* thread) {
@@ -153,7 +160,7 @@ void wait(const char* what, const std::source_location& where) {
   self->waits_in = nullptr;
 }
 
-void wake(Thread* thread) { launch.ready.push_back(thread); }
+void wake(Thread* thread) { launch.ready.push(thread); }
 
 // ---- Meetings
 
@@ -311,7 +318,6 @@ void start_threads(dim3 block) {
     launch.threads.back()->context = Context::with_stack();
   }
   launch.ready.clear();
-  launch.next_ready = 0;
   for (unsigned i = 0; i < launch.num_threads; ++i) {
     Thread& thread = *launch.threads[i];
     thread.linear = i;
@@ -320,9 +326,9 @@ void start_threads(dim3 block) {
     thread.waits_in = nullptr;
     thread.copies.clear();
     thread.groups.clear();
-    thread.committed = 0;
+    thread.uncommitted = 0;
     thread.context.start(&thread_main);
-    launch.ready.push_back(&thread);
+    launch.ready.push(&thread);
   }
   launch.warps.assign((launch.num_threads + kWarp - 1) / kWarp, Warp{});
   for (size_t w = 0; w < launch.warps.size(); ++w) {
@@ -407,12 +413,14 @@ void run(const Work& work, dim3 grid, dim3 block, size_t smem_bytes) {
 #if KVCORE_SIMT_TSAN
     used.push_back(std::move(smem));
     // A thread of the next block must be a stranger to those of this one, on a stack of its own.
-    discard_threads();
+    if (launch.failure.empty()) discard_threads();
 #endif
   }
   tsan_acquire(&launch.failure);
   launch.smem = nullptr;
   if (launch.failure.empty()) return;
+  // Some were stopped in the middle.
+  for (const auto& thread : launch.threads) thread->context.join();
   discard_threads();
   throw std::runtime_error(kernel + ", block " + format(blockIdx) + ": " + launch.failure);
 }
@@ -425,6 +433,7 @@ unsigned lane() { return launch.current->linear % kWarp; }
 void fail(const std::string& message, const std::source_location& where) {
   Thread* self = launch.current;
   launch.failure = "thread " + format(self->index) + " at " + format(where) + ": " + message;
+  tsan_release(&launch.failure);
   leave_context(self->context, launch.main);
   __builtin_trap();
 }
@@ -473,15 +482,17 @@ void meet(const Collective& collective, unsigned mask, void* brought,
   }
   Meeting* meeting = nullptr;
   for (Meeting& other : warp.meetings) {
-    if (other.collective == nullptr || (other.mask & mask) == 0) continue;
-    if (other.mask != mask || other.collective != &collective || !same_place(other.where, where)) {
+    if (other.collective == nullptr) continue;
+    if (other.mask == mask && other.collective == &collective && same_place(other.where, where)) {
+      meeting = &other;
+    } else if ((other.mask >> lane & 1) != 0 && (other.arrived & mask) != 0) {
+      // They wait for this lane, and it would wait for them.
       std::ostringstream out;
       out << collective.name << " in divergent code: lanes 0x" << std::hex << other.arrived
           << " of the warp wait in " << other.collective->name << " with mask 0x" << other.mask
           << " at " << format(other.where);
       fail(out.str(), where);
     }
-    meeting = &other;
   }
   if (meeting == nullptr) {
     for (Meeting& other : warp.meetings) {
@@ -504,23 +515,25 @@ void meet(const Collective& collective, unsigned mask, void* brought,
   if (collective.orders_memory) tsan_acquire(meeting);
 }
 
-void begin_copy(const PendingCopy& copy) { launch.current->copies.push_back(copy); }
-
-void commit_copies() {
+void begin_copy(const PendingCopy& copy, const std::source_location& where) {
   Thread& self = *launch.current;
-  self.groups.push_back(self.copies.size() - self.committed);
-  self.committed = self.copies.size();
+  if (self.copies.full()) fail("more asynchronous copies under way than the shim can hold", where);
+  self.copies.push(copy);
+  ++self.uncommitted;
+}
+
+void commit_copies(const std::source_location& where) {
+  Thread& self = *launch.current;
+  if (self.groups.full()) fail("more groups of copies under way than the shim can hold", where);
+  self.groups.push(self.uncommitted);
+  self.uncommitted = 0;
 }
 
 void wait_copies(int pending, void (*land)(const PendingCopy& copy)) {
   Thread& self = *launch.current;
-  const size_t keep = static_cast<size_t>(pending);
-  size_t groups = self.groups.size() > keep ? self.groups.size() - keep : 0, copies = 0;
-  for (size_t g = 0; g < groups; ++g) copies += self.groups[g];
-  for (size_t i = 0; i < copies; ++i) land(self.copies[i]);
-  self.copies.erase(self.copies.begin(), self.copies.begin() + static_cast<ptrdiff_t>(copies));
-  self.groups.erase(self.groups.begin(), self.groups.begin() + static_cast<ptrdiff_t>(groups));
-  self.committed -= copies;
+  while (self.groups.size() > static_cast<size_t>(pending)) {
+    for (unsigned left = self.groups.pop(); left > 0; --left) land(self.copies.pop());
+  }
 }
 
 const DeviceModel& device_model() {

@@ -62,8 +62,8 @@ struct PendingCopy {
   unsigned char bytes[16];
   int size;
 };
-void begin_copy(const PendingCopy& copy);
-void commit_copies();
+void begin_copy(const PendingCopy& copy, const std::source_location& where);
+void commit_copies(const std::source_location& where);
 /// Calls land for every copy of all groups but the newest `pending`.
 void wait_copies(int pending, void (*land)(const PendingCopy& copy));
 
