@@ -281,22 +281,24 @@ def of_sizes() -> Iterator[Spoiled]:
 
     text = f"k {room} float32 [256, 1, {INT_MAX}, 64]"
     yield Spoiled("dequantize", "huge", long_output, text)
-    for op, tensors in (
-        ("calibrate", {"k": long}),
-        ("head_priority", {"x": long}),
-        ("attention", {"q": torch.zeros(1, 1, 1, D), "k": long, "v": long}),
+    # 2^63 - 1 stands for more than that.
+    for op, tensors, scratch_bytes in (
+        ("calibrate", {"k": long}, 2**50 * D * 8),
+        ("head_priority", {"x": long}, 2**46 * D * 4),
+        ("attention", {"q": torch.zeros(1, 1, 1, D), "k": long, "v": long}, 2**63 - 1),
         (
             "attention",
             dict(
                 zip("qkv", (torch.zeros(1, 1, 1, D), *[huge(1, 1, WRAPPING, D)] * 2), strict=True)
             ),
+            2**63 - 1,
         ),
     ):
         yield Spoiled(
             op,
             f"scratch-{next(reversed(tensors.values())).shape[2]}",
             plain(**tensors),
-            "std::bad_alloc",
+            f"no memory for {scratch_bytes} bytes of scratch",
             MemoryError,
             exact=False,
         )

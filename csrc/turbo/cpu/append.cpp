@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "core/cpu/parallel.h"
+#include "core/cpu/scratch.h"
 #include "turbo/cpu/store_kernels.h"
 
 namespace kvcore::turbo::backend {
@@ -36,7 +37,7 @@ void append(const AppendParams& p) {
     num_tasks += s.kv_heads * sequences.back().pages() * 2;
     most_new = std::max(most_new, end - begin);
   }
-  std::vector<float> task_amax(num_tasks);
+  const auto task_amax = make_scratch<float>({num_tasks});
 
   parallel_for(0, num_tasks, kPagesPerThread, [&](int64_t begin, int64_t end) {
     auto sequence = sequences.begin();

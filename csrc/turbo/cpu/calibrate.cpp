@@ -1,9 +1,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
 
 #include "core/cpu/parallel.h"
+#include "core/cpu/scratch.h"
 #include "turbo/cpu/store_kernels.h"
 
 namespace kvcore::turbo::backend {
@@ -65,9 +65,12 @@ void calibrate(const CalibrateParams& p) {
   const int64_t heads = p.batch * p.kv_heads;
   const int64_t max_blocks = (p.kv_len + kPageTokens - 1) / kPageTokens;
   const int64_t max_tasks = (max_blocks + kBlocksPerTask - 1) / kBlocksPerTask;
-  std::vector<double> sums(heads * max_blocks * p.head_dim);
-  std::vector<float> low(heads * max_tasks * p.head_dim, std::numeric_limits<float>::infinity());
-  std::vector<float> high(low.size(), -std::numeric_limits<float>::infinity());
+  const auto sums = make_scratch<double>({heads, max_blocks, p.head_dim});
+  const auto low = make_scratch<float>({heads, max_tasks, p.head_dim});
+  const auto high = make_scratch<float>({heads, max_tasks, p.head_dim});
+  const int64_t num_ranges = heads * max_tasks * p.head_dim;
+  std::fill_n(low.get(), num_ranges, std::numeric_limits<float>::infinity());
+  std::fill_n(high.get(), num_ranges, -std::numeric_limits<float>::infinity());
   // Blocks are counted from the first token that is not padding.
   const auto first_token = [&](int64_t head) {
     return p.left_padding != nullptr ? p.left_padding[head / p.kv_heads] : 0;
@@ -90,9 +93,9 @@ void calibrate(const CalibrateParams& p) {
 
   for (int64_t head = 0; head < heads; ++head) {
     const int64_t num_tokens = p.kv_len - first_token(head);
-    const Partials partials{.sums = sums.data() + head * max_blocks * p.head_dim,
-                            .low = low.data() + head * max_tasks * p.head_dim,
-                            .high = high.data() + head * max_tasks * p.head_dim,
+    const Partials partials{.sums = sums.get() + head * max_blocks * p.head_dim,
+                            .low = low.get() + head * max_tasks * p.head_dim,
+                            .high = high.get() + head * max_tasks * p.head_dim,
                             .num_blocks = (num_tokens + kPageTokens - 1) / kPageTokens,
                             .num_tasks = max_tasks};
     float* mean = p.k_mean + head * p.head_dim;

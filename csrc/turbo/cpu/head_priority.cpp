@@ -1,9 +1,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
 
 #include "core/cpu/parallel.h"
+#include "core/cpu/scratch.h"
 #include "turbo/cpu/store_kernels.h"
 
 namespace kvcore::turbo::backend {
@@ -34,9 +34,13 @@ void head_priority(const HeadPriorityParams& p) {
   auto* kernel = KVCORE_ISA_SELECT(head_priority_kernel);
   const int64_t heads = p.batch * p.heads;
   const int64_t max_tasks = (p.tokens + kTokensPerTask - 1) / kTokensPerTask;
-  std::vector<float> low(heads * max_tasks * p.head_dim, std::numeric_limits<float>::infinity());
-  std::vector<float> high(low.size(), -std::numeric_limits<float>::infinity());
-  std::vector<char> finite(heads * max_tasks, true);
+  const auto low = make_scratch<float>({heads, max_tasks, p.head_dim});
+  const auto high = make_scratch<float>({heads, max_tasks, p.head_dim});
+  const auto finite = make_scratch<bool>({heads, max_tasks});
+  const int64_t num_ranges = heads * max_tasks * p.head_dim;
+  std::fill_n(low.get(), num_ranges, std::numeric_limits<float>::infinity());
+  std::fill_n(high.get(), num_ranges, -std::numeric_limits<float>::infinity());
+  std::fill_n(finite.get(), heads * max_tasks, true);
   const auto first_token = [&](int64_t head) {
     return p.left_padding != nullptr ? p.left_padding[head / p.heads] : 0;
   };
