@@ -407,6 +407,21 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.parametrize("rotary_dim", [3, -2, 258, True])
+def test_rejects_a_rotary_dim(rotary_dim):
+    message = f"rotary_dim must be an even int up to 256, or -1, got {rotary_dim}"
+    with pytest.raises(ValueError, match=message):
+        TurboSettings(rotary_dim=rotary_dim)
+
+
+def test_rejects_a_rotary_dim_beyond_the_heads(generator):
+    layer = turbo_layer(rotary_dim=66)
+    k, v = random_kv(generator, 2, 3)
+    with pytest.raises(ValueError, match="rotary_dim must be at most the head_dim of 64, got 66"):
+        layer.update(k, v)
+    assert not layer.is_initialized
+
+
 @pytest.mark.parametrize("tokens", [10, 100])
 @pytest.mark.parametrize(("spoil", "message"), HOSTILE)
 def test_rejects(generator, tokens, spoil, message):
@@ -460,6 +475,7 @@ def test_rejects_indices(generator):
         ({"k_bits": "4"}, "k_bits must have one entry|k_bits"),
         ({"sink_pages": -1}, r"sink_pages must be an int in \[0, 2\^31\), got -1"),
         ({"sink_pages": 1.5}, r"sink_pages must be an int in \[0, 2\^31\), got 1.5"),
+        ({"sink_pages": 2**31}, "sink_pages must be .*, got 2147483648"),
         ({"low_bit_heads": 1.5}, r"low_bit_heads must be in \[0, 1\], got 1.5"),
         ({"balance": 1}, "balance must be a bool, got 1"),
         ({"subtract_mean": None}, "subtract_mean must be a bool, got None"),

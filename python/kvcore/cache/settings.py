@@ -65,7 +65,7 @@ class TurboSettings:
                     _is_number(self.sas_threshold, MIN_SAS_THRESHOLD, 0) and self.sas_threshold < 0
                 ),
             ),
-            ("rotary_dim", "an even int or -1", _is_rotary(self.rotary_dim)),
+            ("rotary_dim", "an even int up to 256, or -1", _is_rotary(self.rotary_dim)),
         )
         for name, expected, holds in rules:
             if not holds:
@@ -73,7 +73,7 @@ class TurboSettings:
                 raise ValueError(f"TurboCache: {name} must be {expected}, got {value!r}")
 
 
-def _is_int(value: object, low: int, high: float = math.inf) -> bool:
+def _is_int(value: object, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
@@ -84,4 +84,4 @@ def _is_number(value: object, low: float, high: float) -> bool:
 
 
 def _is_rotary(value: object) -> bool:
-    return value == -1 or (_is_int(value, 0) and value % 2 == 0)
+    return _is_int(value, -1, max(HEAD_DIMS)) and (value == -1 or value % 2 == 0)

@@ -11,7 +11,7 @@ from kvcore.cache.padding import PaddingTracker
 from kvcore.cache.settings import TurboSettings
 from kvcore.cache.static_store import StaticStore
 from kvcore.cache.turbo_layer import TurboLayer
-from kvcore.cache.view import Snapshot
+from kvcore.cache.view import LazyKV, Snapshot
 
 
 class StaticView:
@@ -90,16 +90,24 @@ class StaticTurboLayer(TurboLayer):
         else:
             exact = k, v
         padding = self.tracker.new_padding(store.batch, store.num_tokens, num_new, store.padding)
-        if not store.is_calibrated and num_new:
-            none = np.zeros(store.batch, dtype=np.int64)
-            store.begin(k.detach(), v.detach(), none if padding is None else padding)
-        elif num_new:
-            store.append(k.detach(), v.detach(), padding)
-        # From here on nothing is allocated: an update that fails has not happened.
-        self._publish()
-        if first:
-            return exact
-        return self._views(Snapshot(self, None if self.tracker.native else self.max_cache_len))
+        if padding is None:
+            padding = np.zeros(store.batch, dtype=np.int64)
+        num_tokens = store.num_tokens + num_new
+        if not first:
+            width = None if self.tracker.native else self.max_cache_len
+            views = LazyKV.pair(Snapshot(self, num_tokens, width))
+        # What can fail comes before the append, so that an update that fails has not happened.
+        new_padding = store.padding + padding
+        try:
+            self._publish(num_tokens, new_padding)
+            if not store.is_calibrated and num_new:
+                store.begin(k.detach(), v.detach(), padding)
+            elif num_new:
+                store.append(k.detach(), v.detach(), padding if padding.any() else None)
+        except BaseException:
+            self._publish_store()
+            raise
+        return exact if first else self._readable(views)
 
     def rebuild(self) -> tuple[Tensor, Tensor]:
         """K and V ``[batch, kv_heads, max_cache_len, head_dim]`` without the host's help.
@@ -116,9 +124,13 @@ class StaticTurboLayer(TurboLayer):
         if self.store is not None:
             self.store.sync(int(self.cumulative_length))
 
-    def _publish(self) -> None:
-        self.cumulative_length.fill_(self.store.num_tokens)
-        self._shifts.copy_(torch.from_numpy(self.store.padding))
+    def _publish(self, num_tokens: int, padding: np.ndarray) -> None:
+        """Tells the graph what it will find in the store."""
+        self.cumulative_length.fill_(num_tokens)
+        self._shifts.copy_(torch.from_numpy(padding))
+
+    def _publish_store(self) -> None:
+        self._publish(self.store.num_tokens, self.store.padding)
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
         self._sync()
@@ -150,20 +162,20 @@ class StaticTurboLayer(TurboLayer):
         left = compat.length_after_crop(tokens_to_remove, self.store.num_tokens)
         if left < self.store.num_tokens:
             self.store.rewind(left)
-            self._publish()
+            self._publish_store()
             self._changed()
 
     def reset(self) -> None:
         """Forgets all tokens; the memory stays."""
         if self.store is not None:
             self.store.clear()
-            self._publish()
+            self._publish_store()
         self._changed()
 
     def _select(self, indices: list[int]) -> None:
         self._sync()
         super()._select(indices)
-        self._publish()
+        self._publish_store()
 
     def synced_store(self) -> StaticStore | None:
         self._sync()
@@ -174,7 +186,7 @@ class StaticTurboLayer(TurboLayer):
     ) -> None:
         self._adopt_shape((row["batch"], row["kv_heads"], row["head_dim"]), dtype, device)
         store_files.fill_store(self.store, row, tensors)
-        self._publish()
+        self._publish_store()
 
     def restore_exact(self, k: Tensor, v: Tensor, padding: np.ndarray) -> None:
         raise ValueError("TurboLayer: a layer with max_cache_len holds nothing exactly")

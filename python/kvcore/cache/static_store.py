@@ -9,7 +9,7 @@ from torch import Tensor
 from kvcore.cache.calibration import calibrate, left_padding_tensor
 from kvcore.cache.pages import PagePool
 from kvcore.cache.settings import PAGE_TOKENS, TAIL_SLOTS, TurboSettings, block_bytes
-from kvcore.cache.store import TurboStore, ordinary_tensors
+from kvcore.cache.store import TurboStore, ordinary_tensors, token_counts
 
 
 class StaticStore(TurboStore):
@@ -80,32 +80,33 @@ class StaticStore(TurboStore):
             begin = calibrate(k, v, padding, self.settings)
         num_tokens = self.num_tokens + k.shape[2]
         self._check_capacity(num_tokens)
-        if self.k_balance is not None:
-            self.k_balance.copy_(begin.k_balance)
-            self.k_mean.copy_(begin.k_mean)
-        if (begin.head_bits != self.head_bits).any():
-            self.head_bits = begin.head_bits
-            self.fill_table()
-        seen = (self.num_tokens, self.padding)
+        before = token_counts(self.num_tokens, self.padding)
+        counts = token_counts(num_tokens, self.padding + padding)
         try:
+            if self.k_balance is not None:
+                self.k_balance.copy_(begin.k_balance)
+                self.k_mean.copy_(begin.k_mean)
+            if (begin.head_bits != self.head_bits).any():
+                self.head_bits = begin.head_bits
+                self.fill_table()
             for i, left in enumerate(begin.phases(padding, k.shape[2])):
                 if i:
                     begin.adopt(self.tail_scale)
                 self.append_op(k, v, left_padding_tensor(left, k.device))
         except BaseException:
             self.clear()
-            self.set_tokens(*seen)
+            vars(self).update(before)
             raise
-        self.is_calibrated = True
-        self.set_tokens(num_tokens, self.padding + padding)
+        vars(self).update(counts, is_calibrated=True)
 
     def append(self, k: Tensor, v: Tensor, new_padding: np.ndarray | None = None) -> None:
         num_tokens = self.num_tokens + k.shape[2]
         self._check_capacity(num_tokens)
         left = None if new_padding is None else left_padding_tensor(new_padding, k.device)
-        self.append_op(k, v, left)
         padding = self.padding if new_padding is None else self.padding + new_padding
-        self.set_tokens(num_tokens, padding)
+        counts = token_counts(num_tokens, padding)
+        self.append_op(k, v, left)
+        vars(self).update(counts)
 
     def _check_capacity(self, num_tokens: int) -> None:
         if num_tokens > self.capacity:

@@ -59,7 +59,6 @@ class TurboStore:
         self.num_tokens = num_tokens
         self.host_table = _host(self.block_table)
         self._may_have_garbage = False
-        self._next_fill = 0
         self.set_tokens(num_tokens, padding)
 
     def __getstate__(self) -> dict:
@@ -149,13 +148,14 @@ class TurboStore:
             return
         padding = self.padding if new_padding is None else self.padding + new_padding
         left = None if new_padding is None else left_padding_tensor(new_padding, k.device)
+        counts = token_counts(num_tokens, padding)
         cells = self._open_pages(num_tokens - padding)
         try:
             self.append_op(k, v, left)
         except BaseException:
             self._close_pages(cells)
             raise
-        self.set_tokens(num_tokens, padding)
+        vars(self).update(counts)
 
     def append_op(self, k: Tensor, v: Tensor, left_padding: Tensor | None) -> None:
         """The op alone: pages that fill must have blocks, and the host's count is not kept."""
@@ -224,22 +224,22 @@ class TurboStore:
         new_lens = num_tokens - padding
         with ordinary_tensors():
             lens = torch.from_numpy(new_lens.astype(np.int32)).to(self.seq_lens.device)
+            dropped = self._pages_after(new_lens)
+            counts = token_counts(num_tokens, padding)
             ops.turbo_rewind(self.pool.slabs, self.block_table, self.tail, self.seq_lens, lens)
-        self._drop_pages(new_lens // PAGE_TOKENS)
-        self.set_tokens(num_tokens, padding)
+        vars(self).update(counts)
+        if len(dropped[1]):
+            self._close_pages(dropped)
 
-    def _drop_pages(self, num_pages: np.ndarray) -> None:
-        """Leaves each sequence its first ``num_pages[b]`` blocks.
+    def _pages_after(self, new_lens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sequences and pages of the blocks that are not needed once these lengths are left.
 
         A page that was full and is open again keeps no block: another sequence may share it.
         """
-        old_pages = self.lens() // PAGE_TOKENS
-        if (num_pages == old_pages).all():
-            return
-        first, last = int(num_pages.min()), int(old_pages.max())
-        dropped = np.arange(first, last) >= num_pages[:, None]
-        sequences, pages = np.nonzero(dropped)
-        self._close_pages((sequences, pages + first))
+        left, old = new_lens // PAGE_TOKENS, self.lens() // PAGE_TOKENS
+        pages = np.arange(int(left.min(initial=0)), int(old.max(initial=0)))
+        sequences, columns = np.nonzero((pages >= left[:, None]) & (pages < old[:, None]))
+        return sequences, pages[columns]
 
     def select(self, indices: list[int]) -> None:
         """Makes sequence i the former sequence ``indices[i]``; blocks are shared, not copied."""
@@ -247,11 +247,8 @@ class TurboStore:
             index = torch.tensor(indices, dtype=torch.int64, device=self.seq_lens.device)
             selected = {name: getattr(self, name).index_select(0, index) for name in self.names()}
             host_table = _host(selected["block_table"])
-        for name, tensor in selected.items():
-            setattr(self, name, tensor)
-        self.host_table = host_table
-        self._may_have_garbage = True
-        self.set_tokens(self.num_tokens, self.padding[indices])
+        counts = token_counts(self.num_tokens, self.padding[indices])
+        vars(self).update(selected, host_table=host_table, _may_have_garbage=True, **counts)
 
     def to(self, device: torch.device) -> None:
         """Moves every tensor to a device."""
@@ -270,14 +267,8 @@ class TurboStore:
         return ("block_table", "tail", "tail_scale", "clamp_count", "seq_lens", *calibration)
 
     def set_tokens(self, num_tokens: int, padding: np.ndarray) -> None:
-        """Adopts a token count, and finds at which count the next page of any sequence fills."""
-        self.num_tokens, self.padding = num_tokens, padding
-        lens = num_tokens - padding
-        fills = (lens // PAGE_TOKENS + 1) * PAGE_TOKENS + padding
-        self._next_fill = int(fills.min()) if len(fills) else num_tokens + PAGE_TOKENS
-        # Asked in every step, so kept as plain values.
-        self.is_padded = bool(padding.any())
-        self.may_have_empty = not lens.all()
+        """Adopts a token count."""
+        vars(self).update(token_counts(num_tokens, padding))
 
     def _open_pages(self, new_lens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Gives a block to every page that fills on the way to ``new_lens``.
@@ -299,17 +290,22 @@ class TurboStore:
         widths, needed = np.unique(bits, return_counts=True)
         for width, count in zip(widths.tolist(), needed.tolist(), strict=True):
             self._reserve(width, count, column=count * len(counts) // len(pages) or 1)
+        # Blocks that were taken are garbage until the table names them. So are those that it still
+        # names because there was no memory to undo an append that had failed.
+        stale = bool((self.host_table[sequences, :, :, pages] >= 0).any())
+        had_garbage, self._may_have_garbage = self._may_have_garbage or stale, True
         for width, count in zip(widths.tolist(), needed.tolist(), strict=True):
             entries[bits == width] = self.pool.allocate(width, count)
         self.host_table[sequences, :, :, pages] = np.moveaxis(entries, 2, 0)
         self._publish_table()
+        self._may_have_garbage = had_garbage
         return sequences, pages
 
     def _close_pages(self, cells: tuple[np.ndarray, np.ndarray]) -> None:
         sequences, pages = cells
+        self._may_have_garbage = True
         self.host_table[sequences, :, :, pages] = -1
         self._publish_table()
-        self._may_have_garbage = True
 
     def _reserve(self, bits: int, count: int, column: int) -> None:
         if self.pool.num_free(bits) >= count:
@@ -349,6 +345,21 @@ class TurboStore:
             "table": [self.block_table],
             "calibration": calibration,
         }
+
+
+def token_counts(num_tokens: int, padding: np.ndarray) -> dict[str, object]:
+    """The attributes of a store that follow from its token count, made before it is changed."""
+    lens = num_tokens - padding
+    fills = (lens // PAGE_TOKENS + 1) * PAGE_TOKENS + padding
+    return {
+        "num_tokens": num_tokens,
+        "padding": padding,
+        # At which count the next page of any sequence fills.
+        "_next_fill": int(fills.min()) if len(fills) else num_tokens + PAGE_TOKENS,
+        # Asked in every step, so kept as plain values.
+        "is_padded": bool(padding.any()),
+        "may_have_empty": not lens.all(),
+    }
 
 
 def _host(block_table: Tensor) -> np.ndarray:

@@ -83,7 +83,7 @@ class TurboLayer(CacheLayerMixin):
 
     def _read(self, kv_idx: int) -> Tensor | None:
         if self.store is not None:
-            return LazyKV(Snapshot(self), kv_idx)
+            return LazyKV(Snapshot(self, self.store.num_tokens), kv_idx)
         return None if self._exact is None else self._exact[kv_idx]
 
     @property
@@ -131,6 +131,11 @@ class TurboLayer(CacheLayerMixin):
         _check("value_states", "dtype", key_states.dtype, value_states.dtype)
         _check("value_states", "device", key_states.device, value_states.device)
         _check("value_states", "shape[:3]", key_states.shape[:3], value_states.shape[:3])
+        if self.settings.rotary_dim > key_states.shape[3]:
+            raise ValueError(
+                f"TurboLayer: rotary_dim must be at most the head_dim of {key_states.shape[3]}, "
+                f"got {self.settings.rotary_dim}"
+            )
         self.dtype, self.device = key_states.dtype, key_states.device
         self._k_shape = (*key_states.shape[:2], key_states.shape[3])
         self._v_shape = (*value_states.shape[:2], value_states.shape[3])
@@ -187,15 +192,22 @@ class TurboLayer(CacheLayerMixin):
                 )
             if _needs_grad(k, v):
                 return self._update_with_grad(k, v, padding)
+        # Before the append: an update that fails has not happened.
+        views = LazyKV.pair(Snapshot(self, store.num_tokens + num_new))
+        if num_new:
             store.append(k, v, padding)
-        return self._views(Snapshot(self))
+        return self._readable(views)
 
-    def _views(self, snapshot: Snapshot) -> tuple[Tensor, Tensor]:
-        if self.tracker.native is False:
-            # The model reads them at once, perhaps with flex_attention, which compiles itself and
-            # takes plain tensors only.
-            return snapshot.materialize(0), snapshot.materialize(1)
-        return LazyKV(snapshot, 0), LazyKV(snapshot, 1)
+    def _readable(self, views: tuple[LazyKV, LazyKV]) -> tuple[Tensor, Tensor]:
+        if self.tracker.native is not False:
+            return views
+        # The model reads them at once, perhaps with flex_attention, which compiles itself and takes
+        # plain tensors only.
+        try:
+            return views[0].materialize(), views[1].materialize()
+        except (RuntimeError, MemoryError):
+            # The tokens are stored, so this is for the reader of the views to raise.
+            return views
 
     def _update_with_grad(
         self, k: Tensor, v: Tensor, padding: np.ndarray | None

@@ -22,9 +22,9 @@ class Snapshot:
 
     __slots__ = ("_tensors", "epoch", "layer", "num_tokens", "width")
 
-    def __init__(self, layer: TurboLayer, width: int | None = None) -> None:
+    def __init__(self, layer: TurboLayer, num_tokens: int, width: int | None = None) -> None:
         self.layer = layer
-        self.num_tokens = layer.store.num_tokens
+        self.num_tokens = num_tokens
         # Tokens that readers see: the rest is zero.
         self.width = width or self.num_tokens
         self.epoch = layer.epoch
@@ -69,6 +69,11 @@ class LazyKV(Tensor):
         self.snapshot = snapshot
         self.kv_idx = kv_idx
         return self
+
+    @classmethod
+    def pair(cls, snapshot: Snapshot) -> tuple[LazyKV, LazyKV]:
+        """K and V."""
+        return cls(snapshot, 0), cls(snapshot, 1)
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 

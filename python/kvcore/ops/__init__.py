@@ -1,9 +1,8 @@
 """Typed wrappers of ``torch.ops.kvcore``: defaults and documentation, no logic.
 
-:func:`merge_attention` alone is written in torch ops; :func:`check_errors` asks the devices.
+:func:`merge_attention` alone is written in torch ops.
 """
 
-from kvcore.ops.errors import check_errors
 from kvcore.ops.merge import merge_attention
 from kvcore.ops.turbo import (
     turbo_append,
@@ -17,7 +16,6 @@ from kvcore.ops.turbo import (
 )
 
 __all__ = [
-    "check_errors",
     "merge_attention",
     "turbo_append",
     "turbo_attention",
