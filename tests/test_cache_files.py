@@ -289,6 +289,7 @@ REFUSED = [
     (lambda m, p, t: p["settings"].pop("balance"), "settings must be an object"),
     (lambda m, p, t: p["settings"].update(balance=3), "settings do not make a cache.*balance"),
     (lambda m, p, t: p["settings"].update(sink_pages=-1), "settings do not make a cache.*sink"),
+    (lambda m, p, t: p["settings"].update(sink_pages=10**30), "settings do not make a cache.*sink"),
     (lambda m, p, t: p["settings"].update(tail_margin="2"), "settings do not make a cache"),
     (lambda m, p, t: p["settings"].update(rotary_dim=2), "settings.rotary_dim must be -1"),
     (lambda m, p, t: p["settings"].update(sink_pages=0), "block_table must be entries.*width"),
@@ -423,12 +424,12 @@ def mutate(content, rng):
     """Bytes flipped, cut out, put in or repeated, most often in the header."""
     content = bytearray(content)
     for _ in range(rng.choice([1, 1, 2, 5])):
-        at = rng.randrange(min(len(content), rng.choice([16, 4000, len(content)])))
+        at = rng.randrange(1 + min(len(content), rng.choice([16, 4000, len(content)])))
         kind = rng.randrange(6)
         if kind <= 1:
-            content[at] ^= 1 << rng.randrange(8)
+            content[at : at + 1] = bytes(b ^ 1 << rng.randrange(8) for b in content[at : at + 1])
         elif kind == 2:
-            content[at] = rng.choice(b'0123456789"{}[]:,-\0\xff')
+            content[at : at + 1] = bytes([rng.choice(b'0123456789"{}[]:,-\0\xff')])
         elif kind == 3:
             del content[at : at + rng.choice([1, 8, 300])]
         elif kind == 4:

@@ -13,6 +13,10 @@ from kvcore.cache.static_layer import StaticTurboLayer
 
 PROMPT, STEPS, CAPACITY = 70, 66, 192
 PADDING = (0, 5)
+# inductor sums in another order, and a value that near to a rounding boundary takes the next code.
+# For the same reason eager runs with relative noise of 1e-7 on the layers' normalized inputs differ
+# by up to 0.003 in a step; attention that misses a token differs by 0.03 to 0.07 in all of them.
+INDUCTOR_BOUND = 0.01
 
 
 @pytest.fixture(autouse=True)
@@ -187,7 +191,11 @@ def check_compiled(name, implementation, backend):
     with torch._dynamo.config.patch(error_on_recompile=True):
         logits = decode(name, cache, step)
     assert graphs["unique_graphs"] == 1
-    assert_close(logits, expected, rtol=0, atol=2e-4)
+    if backend == "inductor":
+        worst = max(map(relative_l2, logits.unbind(1), expected.unbind(1)))
+        assert worst < INDUCTOR_BOUND, f"{worst} of a step's logits"
+    else:
+        assert_close(logits, expected, rtol=0, atol=2e-4)
     # What compiled steps have stored is what eager ones have, and both can go on.
     assert cache.get_seq_length() == PROMPT + STEPS
     lens = [PROMPT + STEPS - padding for padding in PADDING]
