@@ -41,4 +41,13 @@ STABLE_TORCH_LIBRARY(kvcore, m) {
       "Tensor? k_balance=None, Tensor? k_mean=None, *, bool causal=True, float? scale=None, "
       "int? window=None, float? sas_threshold=-15.0, bool check_values=False) "
       "-> (Tensor out, Tensor lse)");
+
+  // ---- lexico: sparse codes
+  m.def(
+      "lexico_encode(Tensor x, Tensor dictionary, Tensor? gram=None, *, int sparsity, "
+      "float tolerance=0.0, ScalarType dtype=int8, bool check_values=False) "
+      "-> (Tensor indices, Tensor coefficients, Tensor scale, Tensor residual)");
+  m.def(
+      "lexico_reconstruct(Tensor indices, Tensor coefficients, Tensor scale, Tensor dictionary, *, "
+      "ScalarType dtype=float, bool check_values=False) -> Tensor");
 }

@@ -266,8 +266,8 @@ def signature_of(function):
     result = []
     for p in inspect.signature(function).parameters.values():
         default = list(p.default) if isinstance(p.default, tuple) else p.default
-        # Schemas number the dtypes in the order of ScalarType; 6 is float.
-        default = 6 if default is torch.float32 else default
+        # Schemas number the dtypes in the order of ScalarType.
+        default = 6 if default is torch.float32 else 1 if default is torch.int8 else default
         keyword_only = p.kind is inspect.Parameter.KEYWORD_ONLY
         result.append((p.name, keyword_only, "required" if default is empty else default))
     return result
@@ -364,6 +364,16 @@ def test_python_constants_are_those_of_the_layout():
     assert int(layout["kCodeMax"]) == blocks.CODE_MAX
     assert int(layout["kHeaderBytes"]) == fake.HEADER_BYTES
     assert int(layout["kTailSlots"]) == fake.TAIL_SLOTS
+
+
+def test_python_constants_are_those_of_lexicos_layout():
+    text = code(CSRC / "lexico" / "layout.h")
+    layout = dict(re.findall(r"constexpr \w+ (k\w+) = ([^;]+);", text))
+    codes = sys.modules["kvcore.reference.lexico.codes"]
+    assert int(layout["kCoefficientMax"]) == codes.COEFFICIENT_MAX
+    assert int(layout["kE4M3Max"]) == codes.E4M3_MAX
+    assert float.fromhex(layout["kStopCorrelation"]) == codes.STOP_CORRELATION
+    assert float.fromhex(layout["kMinDistanceSquared"]) == codes.MIN_DISTANCE_SQUARED
 
 
 def test_lint_versions_have_one_value():

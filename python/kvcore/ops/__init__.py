@@ -3,6 +3,7 @@
 :func:`merge_attention` alone is written in torch ops.
 """
 
+from kvcore.ops.lexico import lexico_encode, lexico_reconstruct
 from kvcore.ops.merge import merge_attention
 from kvcore.ops.turbo import (
     turbo_append,
@@ -16,6 +17,8 @@ from kvcore.ops.turbo import (
 )
 
 __all__ = [
+    "lexico_encode",
+    "lexico_reconstruct",
     "merge_attention",
     "turbo_append",
     "turbo_attention",

@@ -131,6 +131,22 @@ def _(
     return tail.new_empty(shape, dtype=dtype), tail.new_empty(shape, dtype=dtype)
 
 
+@_register_fake("lexico_encode")
+def _(x, dictionary, gram=None, *, sparsity, tolerance=0.0, dtype=torch.int8, check_values=False):
+    shape = x.shape[:3]
+    return (
+        x.new_empty((*shape, sparsity), dtype=torch.int16),
+        x.new_empty((*shape, sparsity), dtype=dtype),
+        x.new_empty(shape, dtype=torch.float16),
+        x.new_empty(shape, dtype=torch.float32),
+    )
+
+
+@_register_fake("lexico_reconstruct")
+def _(indices, coefficients, scale, dictionary, *, dtype=torch.float32, check_values=False):
+    return dictionary.new_empty((*indices.shape[:3], dictionary.shape[1]), dtype=dtype)
+
+
 def _refuse_backward(name: str) -> None:
     def backward(ctx, *grads: Tensor):
         raise RuntimeError(
@@ -148,5 +164,7 @@ for _name in (
     "turbo_head_priority",
     "turbo_quantize",
     "turbo_dequantize",
+    "lexico_encode",
+    "lexico_reconstruct",
 ):
     _refuse_backward(_name)

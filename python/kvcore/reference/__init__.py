@@ -4,7 +4,7 @@ Nothing here imports the ops or native code. ``kvcore.reference.<family>`` repea
 arguments of the ops; :func:`exact_attention` is what all of them approximate.
 """
 
-from kvcore.reference import turbo
+from kvcore.reference import lexico, turbo
 from kvcore.reference.attention import exact_attention
 
-__all__ = ["exact_attention", "turbo"]
+__all__ = ["exact_attention", "lexico", "turbo"]

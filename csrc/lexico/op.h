@@ -1,0 +1,73 @@
+// The Torch-aware half of the family: the ops as the dispatcher calls them and the checks that they
+// share. op_*.cpp are compiled unchanged into every library (kvcore_cpu, kvcore_cuda, kvcore_simt),
+// each of which links its own definitions of namespace backend in params.h.
+#pragma once
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "binding/check.h"
+#include "binding/tensor.h"
+#include "lexico/params.h"
+
+namespace kvcore::lexico {
+
+using binding::ScalarType;
+using binding::Tensor;
+
+// ---- Ops: names, order and meaning of the arguments are those of the schemas in ops.cpp.
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lexico_encode(const Tensor& x, const Tensor& dictionary,
+                                                         const std::optional<Tensor>& gram,
+                                                         int64_t sparsity, double tolerance,
+                                                         ScalarType dtype, bool check_values);
+
+Tensor lexico_reconstruct(const Tensor& indices, const Tensor& coefficients, const Tensor& scale,
+                          const Tensor& dictionary, ScalarType dtype, bool check_values);
+
+// ---- Checks shared by the ops (op_check.cpp). All throw before anything is written.
+
+/// The values of a contiguous tensor of T, where they can or must be read on the host.
+template <class T>
+class HostValues {
+ public:
+  /// Copies and synchronises when the backend's values cannot be read in place and `wanted`.
+  HostValues(const Tensor& tensor, bool wanted);
+
+  bool readable() const { return values_ != nullptr; }
+  T operator[](int64_t i) const { return values_[i]; }
+  const T* data() const { return values_; }
+
+ private:
+  std::optional<Tensor> copy_;
+  const T* values_ = nullptr;
+};
+
+/// Shape (binding::kAnySize where any will do), dtype, contiguity, and the device of `like`.
+void check_tensor(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype,
+                  std::initializer_list<int64_t> shape, const Tensor& like);
+
+/// A float input [batch, heads, tokens, head_dim] of any strides, head_dim being supported.
+void check_input(const char* op, const char* argument, const Tensor& tensor);
+
+/// fp32 [atoms, head_dim]; returns its atoms.
+int64_t check_dictionary(const char* op, const char* argument, const Tensor& dictionary,
+                         int64_t head_dim, const Tensor& like);
+
+/// Codes of one kind of vector: int16 indices [batch, heads, tokens, sparsity], coefficients of the
+/// same shape and a type that is stored, fp16 scale [batch, heads, tokens].
+CoefficientType check_codes(const char* op, const char* indices_name, const Tensor& indices,
+                            const char* coefficients_name, const Tensor& coefficients,
+                            const char* scale_name, const Tensor& scale);
+
+/// Every index names an atom.
+void check_indices(const char* op, const char* argument, const Tensor& indices, int64_t atoms,
+                   bool wanted);
+
+/// `name[i, j]`, for messages about one element.
+std::string element_name(const char* name, std::initializer_list<int64_t> indices);
+
+}  // namespace kvcore::lexico
