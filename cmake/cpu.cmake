@@ -13,6 +13,7 @@ endif()
 add_library(kvcore_cpu MODULE
   csrc/ops.cpp ${op_sources} ${binding_sources} ${core_cpu_sources} ${cpu_sources})
 target_link_libraries(kvcore_cpu PRIVATE kvcore_flags torch_stable)
+target_compile_definitions(kvcore_cpu PRIVATE KVCORE_LIBRARY=kvcore KVCORE_DISPATCH_KEY=CPU)
 if(cpu_kernel_sources)
   foreach(level IN LISTS KVCORE_ISA_LEVELS)
     add_library(kvcore_kernels_${level} OBJECT ${cpu_kernel_sources})

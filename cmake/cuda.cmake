@@ -48,10 +48,14 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
-add_library(kvcore_cuda MODULE ${op_sources} ${binding_sources} ${cuda_sources})
+add_library(kvcore_cuda MODULE
+  ${op_sources} ${binding_sources} ${binding_cuda_sources} ${cuda_sources} ${sm90_sources})
 target_link_libraries(kvcore_cuda PRIVATE kvcore_flags torch_stable CUDA::cudart_static)
-target_compile_definitions(kvcore_cuda PRIVATE USE_CUDA)
+target_compile_definitions(kvcore_cuda PRIVATE
+  USE_CUDA KVCORE_LIBRARY=kvcore KVCORE_DISPATCH_KEY=CUDA)
+# --fmad=false: as on the CPU, a product and a sum are fused where the source says so, and nowhere
+# else; the quantized store is the same bits on every backend.
 target_compile_options(kvcore_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:
-  --expt-relaxed-constexpr -lineinfo --compress-mode=size>)
+  --fmad=false --expt-relaxed-constexpr -lineinfo --compress-mode=size>)
 list(APPEND libraries kvcore_cuda)
 set(KVCORE_CUDA_BUILT ${KVCORE_CUDA_ARCHS})

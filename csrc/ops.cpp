@@ -2,7 +2,11 @@
 // test compares the two.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(kvcore, m) {
+// KVCORE_LIBRARY is kvcore; in the test library kvcore_simt it is kvcore_simt.
+STABLE_TORCH_LIBRARY(KVCORE_LIBRARY, m) {
+  // Raises what kernels reported on the device of `like` (csrc/core/error_flags.h).
+  m.def("raise_errors(Tensor like) -> ()");
+
   // ---- turbo: attention on float inputs
   m.def(
       "turbo_attention(Tensor q, Tensor k, Tensor v, Tensor? k_balance=None, Tensor? k_mean=None, "

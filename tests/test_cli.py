@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import os
 import subprocess
 import sys
 
@@ -243,10 +244,15 @@ def test_generate_chat_template(checkpoint, capsys):
         (["--prompt", "x", "--k-bits", "3"], "--k-bits must be 8, 4 or 2, got 3"),
         (["--prompt", "x", "--v-bits", "16"], "--v-bits must be 8, 4 or 2, got 16"),
         (["--prompt", "x", "--cache", "huge"], "--cache must be one of"),
-        (["--prompt", "x", "--sink-pages", "-1"], "--sink-pages must be at least 0, got -1"),
-        (["--prompt", "x", "--low-bit-heads", "2"], "--low-bit-heads must lie in [0, 1], got 2.0"),
+        (
+            ["--prompt", "x", "--sink-pages", "-1"],
+            "--sink-pages must be an int in [0, 2^31), got -1",
+        ),
+        (["--prompt", "x", "--low-bit-heads", "2"], "--low-bit-heads must be in [0, 1], got 2.0"),
         (["--prompt", "x", "--dtype", "int3"], "dtype must be one of"),
-        (["--prompt", "x", "--device", "toaster"], "--device must be a torch device such as cpu"),
+        (["--prompt", "x", "--device", "toaster"], "--device must be cpu or cuda, got toaster"),
+        (["--prompt", "x", "--device", "meta"], "--device must be cpu or cuda, got meta"),
+        (["--prompt", "x", "--sink-pages", "9" * 20], "--sink-pages must be an int in [0, 2^31)"),
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "x" * 3000], "exceed the 512 positions"),
         (["--prompt", "x", "--temperature", "-1"], "temperature must be at least 0, got -1.0"),
@@ -255,6 +261,16 @@ def test_generate_chat_template(checkpoint, capsys):
 )
 def test_generate_mistakes(checkpoint, argv, message, capsys):
     assert message in _fails(capsys, "generate", "--model", checkpoint, *argv)
+
+
+def test_generate_finds_a_wrong_isa_before_it_begins(checkpoint):
+    environment = {**os.environ, "KVCORE_CPU_ISA": "mmx"}
+    command = [sys.executable, "-m", "kvcore", "generate", "--model", checkpoint, "--prompt", "x"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("kvcore generate: KVCORE_CPU_ISA must be one of scalar")
+    assert done.stderr.count("\n") == 1
 
 
 def test_unknown_models(tmp_path, monkeypatch, capsys):
@@ -354,9 +370,9 @@ def test_generate_rejects_and_counts(checkpoint):
     [
         ({"kind": "x"}, "cache must be one of"),
         ({"k_bits": 5}, "k_bits must be 8, 4 or 2, got 5"),
-        ({"v_bits": (8, 3)}, r"v_bits must be 8, 4 or 2, got \(8, 3\)"),
-        ({"sink_pages": -2}, "sink_pages must be at least 0, got -2"),
-        ({"low_bit_heads": 1.5}, r"low_bit_heads must lie in \[0, 1\], got 1.5"),
+        ({"v_bits": (8, 3)}, "v_bits must be 8, 4 or 2, got 3"),
+        ({"sink_pages": -2}, r"sink_pages must be an int in \[0, 2\^31\), got -2"),
+        ({"low_bit_heads": 1.5}, r"low_bit_heads must be in \[0, 1\], got 1.5"),
     ],
 )
 def test_cache_choice_rejects(kwargs, message):

@@ -59,9 +59,24 @@ def _check_device(name: str) -> None:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"--device must be a torch device such as cpu, got {name}") from error
+        raise UserError(f"--device must be cpu or cuda, got {name}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device must be cpu or cuda, got {name}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device is {name}, but torch finds no GPU")
+
+
+def _check_isa() -> None:
+    """A level that KVCORE_CPU_ISA names wrongly would else be found when the first op runs."""
+    from kvcore import _native
+
+    if _native.status()["_C"].loaded:
+        from kvcore import _C
+
+        try:
+            _C.cpu_isa()
+        except RuntimeError as error:
+            raise UserError(str(error)) from error
 
 
 def _load_model(name: str, **kwargs: Any) -> Any:
@@ -112,8 +127,10 @@ def _generate(args: argparse.Namespace) -> int:
             args.subtract_mean,
         )
     except ValueError as error:
-        name, _, rest = str(error).partition(" ")  # the settings' names are the options'
+        # The settings' names are the options'.
+        name, _, rest = str(error).removeprefix("TurboCache: ").partition(" ")
         raise UserError(f"--{name.replace('_', '-')} {rest}") from error
+    _check_isa()
     text = args.prompt if args.prompt is not None else _read_text(args.prompt_file)
     loaded = _load_model(args.model, dtype=args.dtype, device=args.device, chat=args.chat)
     prompt = loaded.encode(text)
@@ -163,7 +180,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="DTYPE",
         help="auto (as stored; float32 for the shipped models), float32, bfloat16 or float16",
     )
-    parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
 
 
 def _doctor_parser(commands: Any) -> None:
@@ -229,6 +246,7 @@ def _generate_parser(commands: Any) -> None:
 def _demo(args: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     _need_transformers()
+    _check_isa()
     from kvcore.demo import run
 
     try:

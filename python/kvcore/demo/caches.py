@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from kvcore.cache.settings import TurboSettings
+
 KINDS = ("full", "turbo")
 
 
@@ -14,7 +16,7 @@ KINDS = ("full", "turbo")
 class CacheChoice:
     """A kind of cache and its settings; those of ``turbo`` are `kvcore.cache.TurboCache`'s.
 
-    A tuple of widths has one for each layer of the model.
+    A tuple of widths has one for each layer of the model. Raises ValueError as TurboCache does.
     """
 
     kind: str = "turbo"
@@ -28,14 +30,12 @@ class CacheChoice:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"cache must be one of {list(KINDS)}, got {self.kind!r}")
+        settings = dataclasses.asdict(self)
+        del settings["kind"]
         for name in ("k_bits", "v_bits"):
-            bits = getattr(self, name)
-            if any(b not in (8, 4, 2) for b in (bits if isinstance(bits, tuple) else (bits,))):
-                raise ValueError(f"{name} must be 8, 4 or 2, got {bits}")
-        if self.sink_pages < 0:
-            raise ValueError(f"sink_pages must be at least 0, got {self.sink_pages}")
-        if not 0 <= self.low_bit_heads <= 1:
-            raise ValueError(f"low_bit_heads must lie in [0, 1], got {self.low_bit_heads}")
+            bits = settings[name]
+            for width in bits if isinstance(bits, tuple) else (bits,):
+                TurboSettings(**{**settings, "k_bits": 4, "v_bits": 4, name: width})
 
     @property
     def label(self) -> str:

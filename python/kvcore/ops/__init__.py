@@ -1,8 +1,9 @@
 """Typed wrappers of ``torch.ops.kvcore``: defaults and documentation, no logic.
 
-:func:`merge_attention` alone is written in torch ops.
+:func:`merge_attention` alone is written in torch ops; :func:`check_errors` asks the devices.
 """
 
+from kvcore.ops.errors import check_errors
 from kvcore.ops.lexico import lexico_encode, lexico_reconstruct
 from kvcore.ops.merge import merge_attention
 from kvcore.ops.turbo import (
@@ -17,6 +18,7 @@ from kvcore.ops.turbo import (
 )
 
 __all__ = [
+    "check_errors",
     "lexico_encode",
     "lexico_reconstruct",
     "merge_attention",

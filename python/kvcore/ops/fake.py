@@ -45,6 +45,11 @@ def _register_fake(name: str):
     return register
 
 
+@torch.library.register_fake("kvcore::raise_errors")
+def _(like):
+    return None
+
+
 @_register_fake("turbo_attention")
 def _(q, k, v, *args, **kwargs):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)

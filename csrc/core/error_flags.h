@@ -1,0 +1,37 @@
+// What kernels found wrong in device tensors, where the host could not look without waiting.
+//
+// A kernel that meets such a value skips it, touches no memory through it, gives NaN where its
+// result would have gone, and sets a bit; kvcore.check_errors() raises them later.
+#pragma once
+
+#include <cstdint>
+
+namespace kvcore {
+
+enum ErrorFlag : uint32_t {
+  kErrorBlockTable = 1u << 0,
+  kErrorSeqLens = 1u << 1,
+  kErrorCuSeqlens = 1u << 2,
+  kErrorLeftPadding = 1u << 3,
+  kErrorNewLens = 1u << 4,
+  kErrorIndices = 1u << 5,
+};
+
+struct ErrorText {
+  ErrorFlag flag;
+  const char* text;
+};
+constexpr ErrorText kErrorTexts[] = {
+    {kErrorBlockTable, "block_table: an entry that is needed names no block of the pool"},
+    {kErrorSeqLens, "seq_lens: a length is negative or more than the store holds"},
+    {kErrorCuSeqlens, "cu_seqlens: not rising from 0 to the number of tokens"},
+    {kErrorLeftPadding, "left_padding: negative or more than the number of tokens"},
+    {kErrorNewLens, "new_lens: negative or more than seq_lens"},
+    {kErrorIndices, "indices: out of range"},
+};
+
+/// Waits for the current device, returns the bits that were set there and clears them. Defined by
+/// each library; the CPU's kernels raise at once and set none.
+uint32_t take_error_flags();
+
+}  // namespace kvcore
