@@ -5,12 +5,27 @@ import gc
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, Qwen3NextConfig
 
 import kvcore
 from kvcore.cache import TurboLayer, TurboSettings
 from kvcore.cache.padding import PaddingTracker
 
 HEADS, HEAD_DIM = 2, 64
+
+
+def plain_config(**arguments):
+    """Two layers of full attention."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    return LlamaConfig(**{**sizes, **heads, **arguments})
+
+
+def hybrid_config():
+    """Three linear-attention layers and one of full attention."""
+    return Qwen3NextConfig(num_hidden_layers=4, hidden_size=32, head_dim=64, num_attention_heads=4,
+                           num_key_value_heads=2, linear_num_key_heads=2, linear_num_value_heads=4,
+                           linear_key_head_dim=16, linear_value_head_dim=16)  # fmt: skip
 
 
 def random_kv(generator, batch, tokens, heads=HEADS, head_dim=HEAD_DIM, dtype=torch.float32):

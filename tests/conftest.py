@@ -45,3 +45,28 @@ def poisoned_memory():
     yield
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def no_fallback_reasons():
+    """None is recorded when the test begins."""
+    from kvcore.hf import clear_fallback_reasons
+
+    clear_fallback_reasons()
+
+
+@pytest.fixture
+def restored_models(no_fallback_reasons):
+    """The models of hf_models are left as they were found."""
+    import hf_models
+    import kvcore.hf
+
+    yield
+    for name in hf_models.NAMES:
+        kvcore.hf.disable(hf_models.model(name))
+        hf_models.model(name).set_attn_implementation("sdpa")

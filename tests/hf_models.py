@@ -8,6 +8,9 @@ import transformers
 from packaging import version
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3NextConfig
 
+from compare import relative_l2
+from kvcore.cache import TurboCache
+
 transformers.logging.set_verbosity_error()
 
 # Before 5.8 a model with linear attention brought a cache class of its own.
@@ -16,6 +19,11 @@ needs_hybrids = pytest.mark.skipif(not HAS_HYBRIDS, reason="transformers before 
 NAMES = ("llama", "qwen3", "qwen3_next") if HAS_HYBRIDS else ("llama", "qwen3")
 HYBRID_NAMES = NAMES[2:]
 VOCAB = 96
+# Left padding of a batch of three.
+PADDING = (0, 17, 90)
+# Relative L2 error of the logits of these models against no cache at all. The largest found, over
+# four ways to cut 300 tokens into steps: 1.3 % at 8 bits and 4.9 % at 4 bits, both of qwen3.
+_TOLERANCE = {8: 0.015, 4: 0.06}
 _COMMON = {
     "vocab_size": VOCAB,
     "num_hidden_layers": 2,
@@ -97,3 +105,13 @@ def stepwise_logits(name, cache, ids, mask, steps):
 def real(values, mask):
     """Rows of ``values`` at tokens that are not padding."""
     return values[mask.bool()]
+
+
+def turbo_cache(name, bits=8, **arguments):
+    return TurboCache(config(name), k_bits=bits, v_bits=bits, **arguments)
+
+
+def check_logits(name, logits, ids, mask, bits=8, begin=0):
+    expected = full_logits(name, ids, mask)
+    error = relative_l2(real(logits, mask[:, begin:]), real(expected[:, begin:], mask[:, begin:]))
+    assert error < _TOLERANCE[bits]

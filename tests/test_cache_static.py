@@ -20,18 +20,9 @@ INDUCTOR_BOUND = 0.01
 
 
 @pytest.fixture(autouse=True)
-def clean():
-    kvcore.hf.clear_fallback_reasons()
+def clean(restored_models):
     yield
-    for name in NAMES:
-        kvcore.hf.disable(model(name))
-        model(name).set_attn_implementation("sdpa")
     torch._dynamo.reset()
-
-
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
 
 
 def cache_of(name, **arguments):

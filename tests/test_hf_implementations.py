@@ -12,13 +12,7 @@ from hf_models import full_logits, model, prompt, real, stepwise_logits
 from kvcore.cache import TurboCache
 from kvcore.cache.view import LazyKV
 
-
-@pytest.fixture(autouse=True)
-def clean():
-    kvcore.hf.clear_fallback_reasons()
-    yield
-    kvcore.hf.disable(model("llama"))
-    model("llama").set_attn_implementation("sdpa")
+pytestmark = pytest.mark.usefixtures("restored_models")
 
 
 def check(implementation, ids, mask, steps, max_cache_len=None):
@@ -29,11 +23,6 @@ def check(implementation, ids, mask, steps, max_cache_len=None):
     logits = stepwise_logits("llama", cache, ids, mask, steps)
     assert relative_l2(real(logits, mask), real(full_logits("llama", ids, mask), mask)) < 0.015
     assert kvcore.hf.fallback_reasons() == {}
-
-
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
 
 
 @pytest.mark.parametrize("max_cache_len", [None, 192])
