@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
 ISA_LEVELS ?= scalar avx2 avx512
 
-.PHONY: help build test slow demo isa asan lint format audit bench clean
+.PHONY: help build test slow demo isa asan simt simt-tsan cuda-compile lint format audit bench clean
 .DEFAULT_GOAL := help
 
 PY := $(VENV)/bin/python
@@ -33,6 +33,9 @@ help:
 	@echo "make demo    full and compressed caches compared on two small models"
 	@echo "make isa     the tests marked isa at each of: $(ISA_LEVELS)"
 	@echo "make asan    the tests marked asan under AddressSanitizer and UBSan"
+	@echo "make simt    the CUDA kernels' source on the CPU, under the same sanitizers"
+	@echo "make simt-tsan     a selection of them as a check for races between CUDA threads"
+	@echo "make cuda-compile  nvcc for CUDA_ARCHS=\"$(CUDA_ARCHS)\", and what it made of the kernels"
 	@echo "make lint    ruff and clang-format, nothing changed;  make format  changes"
 	@echo "make audit   the libraries use torch's stable ABI only"
 	@echo "make bench   the benchmarks;  make clean  remove what was built"
@@ -51,6 +54,10 @@ $(INSTALL_STAMP): $(TORCH_STAMP) pyproject.toml
 
 $(STAMP)/lint: $(STAMP)/venv pyproject.toml
 	$(PIP) $$($(PY) .ci/extra.py lint)
+	@touch $@
+
+$(STAMP)/sass: $(STAMP)/venv pyproject.toml
+	$(PIP) --no-deps $$($(PY) .ci/extra.py sass)
 	@touch $@
 
 $(STAMP)/audit: $(STAMP)/venv pyproject.toml
@@ -81,16 +88,45 @@ isa: build
 # linked with them, libstdc++ because they must find __cxa_throw when they start. Python itself
 # leaks by design. Reports go to files: pytest's capture would lose them when the process aborts.
 ASAN_DIR := $(CURDIR)/build/asan
-asan_runtime = $(shell c++ -print-file-name=$(1))
+TSAN_DIR := $(CURDIR)/build/tsan
+runtime = $(shell c++ -print-file-name=$(1))
+# A build in folder $(1), with CMake arguments $(2).
+build_beside = KVCORE_BUILD_DIR=$(1)/cmake \
+  CMAKE_ARGS="$$CMAKE_ARGS -DKVCORE_SIMT=ON -DKVCORE_CUDA=OFF $(2)" \
+  $(PY) setup.py --quiet build --build-base $(1) --build-lib $(1)/lib
+asan_tests = rm -f $(ASAN_DIR)/report.*; PYTHONPATH=$(ASAN_DIR)/lib \
+  ASAN_OPTIONS=detect_leaks=0:log_path=$(ASAN_DIR)/report \
+  UBSAN_OPTIONS=print_stacktrace=1:log_path=$(ASAN_DIR)/report \
+  LD_PRELOAD="$(foreach l,libasan.so libubsan.so libstdc++.so,$(call runtime,$(l)))" \
+  $(RUN_TESTS) -m $(1) $(PYTEST_ARGS) || { cat $(ASAN_DIR)/report.* 2>/dev/null; exit 1; }
 asan: $(INSTALL_STAMP)
-	KVCORE_BUILD_DIR=$(ASAN_DIR)/cmake CMAKE_ARGS="$$CMAKE_ARGS -DKVCORE_SANITIZE=ON -DKVCORE_CUDA=OFF" \
-	  $(PY) setup.py --quiet build --build-base $(ASAN_DIR) --build-lib $(ASAN_DIR)/lib
-	@rm -f $(ASAN_DIR)/report.*
-	PYTHONPATH=$(ASAN_DIR)/lib \
-	  ASAN_OPTIONS=detect_leaks=0:log_path=$(ASAN_DIR)/report \
-	  UBSAN_OPTIONS=print_stacktrace=1:log_path=$(ASAN_DIR)/report \
-	  LD_PRELOAD="$(foreach l,libasan.so libubsan.so libstdc++.so,$(call asan_runtime,$(l)))" \
-	  $(RUN_TESTS) -m asan $(PYTEST_ARGS) || { cat $(ASAN_DIR)/report.* 2>/dev/null; exit 1; }
+	$(call build_beside,$(ASAN_DIR),-DKVCORE_SANITIZE=ON)
+	@$(call asan_tests,"asan and not simt")
+
+# SIMT_SEED draws an order of threads and blocks; without it they run in order.
+SIMT_SEED ?=
+export KVCORE_SIMT_SEED = $(SIMT_SEED)
+simt: $(INSTALL_STAMP)
+	$(call build_beside,$(ASAN_DIR),-DKVCORE_SANITIZE=ON)
+	@$(call asan_tests,"simt and not slow")
+
+# Races are sought in what the kernels' library was compiled from, not in torch.
+simt-tsan: $(INSTALL_STAMP)
+	$(call build_beside,$(TSAN_DIR),-DKVCORE_SIMT_TSAN=ON)
+	@rm -f $(TSAN_DIR)/report.*
+	@PYTHONPATH=$(TSAN_DIR)/lib KVCORE_SIMT_MAX_MACS=1000000 \
+	  TSAN_OPTIONS=ignore_noninstrumented_modules=1:log_path=$(TSAN_DIR)/report \
+	  LD_PRELOAD="$(foreach l,libtsan.so libstdc++.so,$(call runtime,$(l)))" \
+	  $(RUN_TESTS) -m "simt and asan" $(PYTEST_ARGS) \
+	  || { cat $(TSAN_DIR)/report.* 2>/dev/null | head -200; exit 1; }
+
+CUDA_ARCHS ?= 80;90a-real;120-real
+CUDA_DIR := $(CURDIR)/build/cuda
+cuda-compile: $(INSTALL_STAMP) $(STAMP)/sass
+	cmake -S . -B $(CUDA_DIR) -G Ninja --log-level=NOTICE $$CMAKE_ARGS -DKVCORE_CUDA=ON \
+	  -DKVCORE_HOST=OFF "-DKVCORE_CUDA_ARCHS=$(CUDA_ARCHS)" -DPython_EXECUTABLE=$(abspath $(PY))
+	cmake --build $(CUDA_DIR) --target kvcore_cuda -j $(MAX_JOBS)
+	KVCORE_CUDA_LIBRARY=$(CUDA_DIR)/kvcore_cuda.so $(RUN_TESTS) tests/test_sass.py $(PYTEST_ARGS)
 
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 lint: $(STAMP)/lint

@@ -1,0 +1,103 @@
+"""What nvcc made of the kernels, read from the library that KVCORE_CUDA_LIBRARY names.
+
+`make cuda-compile` builds it and runs this; without the variable there is nothing to read.
+"""
+
+import collections
+import functools
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sysconfig
+
+import pytest
+
+LIBRARY = os.environ.get("KVCORE_CUDA_LIBRARY")
+pytestmark = pytest.mark.skipif(not LIBRARY, reason="KVCORE_CUDA_LIBRARY is not set")
+
+# Instructions that each kernel of that name must have, alternatives separated by |: without them it
+# runs, slowly. IMMA and HMMA are matrix products, LDSM is ldmatrix, LDGSTS is cp.async.
+REQUIRED: dict[str, list[str]] = {}
+
+
+@functools.cache
+def cuobjdump():
+    """The tool's path; the PyPI package keeps it among the data of `nvidia`."""
+    site = pathlib.Path(sysconfig.get_paths()["purelib"])
+    packaged = sorted(site.glob("nvidia/*/bin/cuobjdump"))
+    found = shutil.which("cuobjdump") or (str(packaged[-1]) if packaged else None)
+    assert found, "cuobjdump was not found: pip install --no-deps nvidia-cuda-cuobjdump"
+    folder = os.path.dirname(found)
+    return found, {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
+@functools.cache
+def dump(*options):
+    tool, env = cuobjdump()
+    command = [tool, *options, LIBRARY]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def demangle(name):
+    return subprocess.run(["c++filt", name], capture_output=True, text=True).stdout.strip()
+
+
+@functools.cache
+def resources():
+    """Registers and bytes of memory of each kernel, by architecture and name."""
+    found, arch = {}, ""
+    for line in dump("--dump-resource-usage").splitlines():
+        if match := re.match(r"arch = (\w+)", line.strip()):
+            arch = match[1]
+        elif match := re.match(r"\s*Function (\S+):", line):
+            name = (arch, demangle(match[1]))
+        elif "REG:" in line:
+            found[name] = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
+    return found
+
+
+@functools.cache
+def opcodes():
+    """How often each instruction occurs in each kernel, by architecture and name."""
+    found, arch = collections.defaultdict(collections.Counter), ""
+    for line in dump("--dump-sass").splitlines():
+        if match := re.match(r"arch = (\w+)", line.strip()):
+            arch = match[1]
+        elif match := re.match(r"\s*Function : (\S+)", line):
+            name = (arch, demangle(match[1]))
+        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
+            found[name][match[1]] += 1
+    return found
+
+
+def test_kernels_were_found():
+    assert resources()
+    assert set(opcodes()) == set(resources())
+    assert all(sum(counts.values()) > 4 for counts in opcodes().values())
+
+
+def test_nothing_is_in_local_memory():
+    spilled = {name: r for name, r in resources().items() if r["STACK"] or r["LOCAL"]}
+    assert spilled == {}
+    moved = {name for name, counts in opcodes().items() for op in counts if op[:3] in ("LDL", "STL")}
+    assert moved == set()
+
+
+def test_shared_memory_is_dynamic():
+    assert {name: r["SHARED"] for name, r in resources().items() if r["SHARED"] > 1024} == {}
+
+
+def test_kernels_use_the_instructions_they_are_built_on():
+    missing = []
+    for pattern, wanted in REQUIRED.items():
+        kernels = {key: counts for key, counts in opcodes().items() if re.search(pattern, key[1])}
+        assert kernels, f"no kernel is called {pattern}"
+        for key, counts in kernels.items():
+            for choices in wanted:
+                starts = tuple(choices.split("|"))
+                if not any(op.startswith(starts) for op in counts):
+                    missing.append((*key, choices))
+    assert missing == []
