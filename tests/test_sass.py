@@ -82,7 +82,9 @@ def test_kernels_were_found():
 def test_nothing_is_in_local_memory():
     spilled = {name: r for name, r in resources().items() if r["STACK"] or r["LOCAL"]}
     assert spilled == {}
-    moved = {name for name, counts in opcodes().items() for op in counts if op[:3] in ("LDL", "STL")}
+    moved = {
+        name for name, counts in opcodes().items() for op in counts if op[:3] in ("LDL", "STL")
+    }
     assert moved == set()
 
 

@@ -60,7 +60,7 @@ struct Warp {
 };
 
 struct Thread {
-  Context context;
+  Context* context = nullptr;
   uint3 index{};
   unsigned linear = 0;
   bool done = false;
@@ -79,7 +79,10 @@ struct Launch {
   Context main;
   Context* switched_from = nullptr;
   Thread* current = nullptr;
-  std::vector<std::unique_ptr<Thread>> threads;  // kept for the next launch
+  // Kept for the next launch; as many of one as of the other.
+  std::vector<std::unique_ptr<Thread>> threads;
+  std::vector<Context> contexts;
+  unsigned rotation = 0;  // thread 0 runs on this context
   std::vector<Warp> warps;
   unsigned num_threads = 0, alive = 0;
 
@@ -155,8 +158,8 @@ void wait(const char* what, const std::source_location& where) {
   self->where = where;
   Thread* next = take_ready();
   make_current(next);
-  launch.switched_from = &self->context;
-  switch_context(self->context, next != nullptr ? next->context : launch.main);
+  launch.switched_from = self->context;
+  switch_context(*self->context, next != nullptr ? *next->context : launch.main);
   self->waits_in = nullptr;
 }
 
@@ -208,8 +211,8 @@ void retire() {
   if (launch.barrier_open && launch.barrier_arrived == launch.alive) conclude_barrier();
   Thread* next = take_ready();
   make_current(next);
-  launch.switched_from = &self->context;
-  leave_context(self->context, next != nullptr ? next->context : launch.main);
+  launch.switched_from = self->context;
+  leave_context(*self->context, next != nullptr ? *next->context : launch.main);
 }
 
 void thread_main() {
@@ -315,7 +318,7 @@ std::string describe_deadlock() {
 void start_threads(dim3 block) {
   while (launch.threads.size() < launch.num_threads) {
     launch.threads.push_back(std::make_unique<Thread>());
-    launch.threads.back()->context = Context::with_stack();
+    launch.contexts.push_back(Context::with_stack());
   }
   launch.ready.clear();
   for (unsigned i = 0; i < launch.num_threads; ++i) {
@@ -327,7 +330,8 @@ void start_threads(dim3 block) {
     thread.copies.clear();
     thread.groups.clear();
     thread.uncommitted = 0;
-    thread.context.start(&thread_main);
+    thread.context = &launch.contexts[(i + launch.rotation) % launch.contexts.size()];
+    thread.context->start(&thread_main);
     launch.ready.push(&thread);
   }
   launch.warps.assign((launch.num_threads + kWarp - 1) / kWarp, Warp{});
@@ -350,14 +354,15 @@ void run_block(dim3 block, SharedMemory& smem, size_t smem_bytes) {
   Thread* first = take_ready();
   make_current(first);
   launch.switched_from = &launch.main;
-  switch_context(launch.main, first->context);
+  switch_context(launch.main, *first->context);
   make_current(nullptr);
   if (launch.failure.empty() && launch.alive != 0) launch.failure = describe_deadlock();
   if (launch.failure.empty()) launch.failure = smem.damage();
 }
 
 void discard_threads() {
-  for (const auto& thread : launch.threads) thread->context.free();
+  for (Context& context : launch.contexts) context.free();
+  launch.contexts.clear();
   launch.threads.clear();
 }
 
@@ -412,15 +417,16 @@ void run(const Work& work, dim3 grid, dim3 block, size_t smem_bytes) {
     run_block(block, *smem, smem_bytes);
 #if KVCORE_SIMT_TSAN
     used.push_back(std::move(smem));
-    // A thread of the next block must be a stranger to those of this one, on a stack of its own.
-    if (launch.failure.empty()) discard_threads();
+    // What ran on one context is ordered, so the thread of this number must run on another one in
+    // the next block: the two blocks may be racing.
+    launch.rotation += 13;
 #endif
   }
   tsan_acquire(&launch.failure);
   launch.smem = nullptr;
   if (launch.failure.empty()) return;
   // Some were stopped in the middle.
-  for (const auto& thread : launch.threads) thread->context.join();
+  for (Context& context : launch.contexts) context.join();
   discard_threads();
   throw std::runtime_error(kernel + ", block " + format(blockIdx) + ": " + launch.failure);
 }
@@ -434,7 +440,7 @@ void fail(const std::string& message, const std::source_location& where) {
   Thread* self = launch.current;
   launch.failure = "thread " + format(self->index) + " at " + format(where) + ": " + message;
   tsan_release(&launch.failure);
-  leave_context(self->context, launch.main);
+  leave_context(*self->context, launch.main);
   __builtin_trap();
 }
 

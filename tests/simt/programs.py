@@ -37,7 +37,9 @@ def program(name: str, variant: str) -> pathlib.Path:
     flags = VARIANTS[variant]
     source = pathlib.Path(__file__).parent / f"{name}.cu"
     runtime = sorted((CSRC / "simt").glob("*.cpp"))
-    inputs = [source, *runtime, *sorted(CSRC.glob("simt/*.h"))]
+    # Kernels report errors through a word of the library's.
+    kernels = [CSRC / "core" / "cuda" / "error_flags.cu", source]
+    inputs = [*kernels, *runtime, *sorted(CSRC.glob("simt/*.h"))]
     inputs += sorted(CSRC.glob("core/**/*"))
     digest = hashlib.sha256(repr([CXX, _FLAGS, flags]).encode())
     for path in inputs:
@@ -52,7 +54,7 @@ def program(name: str, variant: str) -> pathlib.Path:
             return executable
         told = [f"-DKVCORE_SIMT_{variant.upper()}=1"]
         objects = []
-        for path in (*runtime, source):
+        for path in (*runtime, *kernels):
             is_kernel = path.suffix == ".cu"
             objects.append(folder / f"{path.stem}.o")
             own = [*flags, "-x", "c++"] if is_kernel else ["-O2", *told]
