@@ -49,7 +49,7 @@ set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 add_library(kvcore_cuda MODULE
-  ${op_sources} ${binding_sources} ${binding_cuda_sources} ${cuda_sources} ${sm90_sources})
+  ${cuda_op_sources} ${binding_sources} ${binding_cuda_sources} ${cuda_sources} ${sm90_sources})
 target_link_libraries(kvcore_cuda PRIVATE kvcore_flags torch_stable CUDA::cudart_static)
 target_compile_definitions(kvcore_cuda PRIVATE
   USE_CUDA KVCORE_LIBRARY=kvcore KVCORE_DISPATCH_KEY=CUDA)

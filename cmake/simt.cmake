@@ -24,7 +24,7 @@ foreach(source IN LISTS cuda_sources)
 endforeach()
 
 add_library(kvcore_simt MODULE
-  csrc/ops.cpp ${op_sources} ${binding_sources} ${simt_kernel_sources} ${simt_sources})
+  csrc/ops.cpp ${cuda_op_sources} ${binding_sources} ${simt_kernel_sources} ${simt_sources})
 target_link_libraries(kvcore_simt PRIVATE kvcore_flags torch_stable ${CMAKE_DL_LIBS})
 target_compile_definitions(kvcore_simt PRIVATE
   KVCORE_LIBRARY=kvcore_simt KVCORE_DISPATCH_KEY=CPU

@@ -127,6 +127,15 @@ def test_shared_memory_is_dynamic(path):
         assert re.search(r"\b__shared__\b", code(path)) is None
 
 
+@pytest.mark.parametrize("path", sorted(CSRC.glob("*/*/register.cpp")), ids=relative)
+def test_ops_run_on_the_device_of_their_tensors(path):
+    # KVCORE_OP makes it the current one; TORCH_BOX alone would launch on whatever device is.
+    text = code(path)
+    assert "KVCORE_OP(" in text
+    assert "TORCH_BOX" not in text
+    assert "STABLE_TORCH_LIBRARY_IMPL(KVCORE_LIBRARY, KVCORE_DISPATCH_KEY, m)" in text
+
+
 @pytest.mark.parametrize("path", kernel_files(), ids=relative)
 def test_the_backend_is_chosen_by_folder(path):
     directives = re.findall(r"^\s*#\s*(?:el)?if.*$", code(path), re.MULTILINE)
