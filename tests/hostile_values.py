@@ -26,6 +26,8 @@ from hostile_calls import (
 
 ROWS = f"[*, {BLOCK}], [*, 2240] or [*, 1216]"
 LONGEST = 64 * (PAGES + 1) - 1
+# What std::bad_alloc becomes.
+NO_MEMORY = RuntimeError if torch.__version__ >= (2, 15) else MemoryError
 
 
 def of_indices() -> Iterator[Spoiled]:

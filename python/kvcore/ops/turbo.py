@@ -7,7 +7,7 @@ fp16 or bf16 with any strides. Errors are ``RuntimeError``; their text is ``<op>
 <expected>, got <actual>``, and a rejected call changes nothing. On CPU tensors, values inside
 index tensors are always checked; on devices ``check_values=True`` synchronises and checks. What an
 op changes may share memory with no other argument. Scratch memory that cannot be had is a
-``MemoryError``, which changes nothing either.
+``MemoryError`` (torch 2.15 makes it a ``RuntimeError``), which changes nothing either.
 """
 
 from collections.abc import Sequence
