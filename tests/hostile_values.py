@@ -26,7 +26,7 @@ from hostile_calls import (
 
 ROWS = f"[*, {BLOCK}], [*, 2240] or [*, 1216]"
 LONGEST = 64 * (PAGES + 1) - 1
-# What std::bad_alloc becomes.
+# What the std::bad_alloc of an op becomes.
 NO_MEMORY = RuntimeError if torch.__version__ >= (2, 15) else MemoryError
 
 
@@ -301,6 +301,6 @@ def of_sizes() -> Iterator[Spoiled]:
             f"scratch-{next(reversed(tensors.values())).shape[2]}",
             plain(**tensors),
             f"no memory for {scratch_bytes} bytes of scratch",
-            MemoryError,
+            NO_MEMORY,
             exact=False,
         )
