@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import kvcore
+from kvcore.reference import lexico
 from kvcore.reference import turbo as reference
 
 MIN_COSINE = 0.99999
@@ -183,6 +184,44 @@ def _decode(case: _Case) -> str:
     return f"cosine {_close(actual, expected):.7f}"
 
 
+_SPARSITY = 8
+
+
+@functools.cache
+def _dictionary(head_dim: int) -> Tensor:
+    generator = torch.Generator().manual_seed(head_dim)
+    atoms = torch.randn(4 * head_dim, head_dim, generator=generator)
+    return torch.nn.functional.normalize(atoms, dim=1)
+
+
+def _encode(case: _Case) -> str:
+    x, dictionary = case.k[:, :, :20], _dictionary(case.k.shape[3])
+    actual = kvcore.lexico_encode(*case.on(x, dictionary), sparsity=_SPARSITY)
+    *codes, residual = (part.cpu() for part in actual)
+    *_, expected = lexico.lexico_encode(x, dictionary, sparsity=_SPARSITY)
+    worst = (residual - expected).abs().max().item()
+    if not worst <= 1e-3:
+        raise Mismatch(f"residuals are off by {worst:.1e}, more than 1e-3")
+    # Two atoms may be equally good, so what is compared is what the codes stand for.
+    rebuilt = lexico.lexico_reconstruct(*codes, dictionary)
+    errors = (rebuilt - x).norm(dim=-1) / x.norm(dim=-1)
+    worst = (errors - residual).abs().max().item()
+    if not worst <= 0.01:
+        raise Mismatch(f"codes err by {worst:.1e} more or less than the residuals they come with")
+    return f"difference {worst:.0e}"
+
+
+def _reconstruct(case: _Case) -> str:
+    x, dictionary = case.k[:, :, :20], _dictionary(case.k.shape[3])
+    *codes, _ = lexico.lexico_encode(x, dictionary, sparsity=_SPARSITY)
+    actual = kvcore.lexico_reconstruct(*case.on(*codes, dictionary)).cpu()
+    expected = lexico.lexico_reconstruct(*codes, dictionary)
+    worst = ((actual - expected).norm() / expected.norm()).item()
+    if not worst <= 1e-5:
+        raise Mismatch(f"vectors are off by {worst:.1e} relative, more than 1e-5")
+    return f"relative difference {worst:.0e}"
+
+
 @functools.cache
 def _case(head_dim: int, device: str) -> _Case:
     # Checks copy what they change, and the reference takes longer than most ops.
@@ -198,6 +237,8 @@ CHECKS: dict[str, Callable[[_Case], str]] = {
     "turbo_rewind": _rewind,
     "turbo_dequantize": _dequantize,
     "turbo_decode": _decode,
+    "lexico_encode": _encode,
+    "lexico_reconstruct": _reconstruct,
 }
 
 
