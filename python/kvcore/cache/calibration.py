@@ -89,7 +89,7 @@ def choose_bits(k: Tensor, v: Tensor, padding: np.ndarray, settings: TurboSettin
     """
     kv_heads = k.shape[1]
     bits = np.array([[settings.k_bits] * kv_heads, [settings.v_bits] * kv_heads])
-    num_low = round(settings.low_bit_heads * kv_heads)
+    num_low = settings.num_low_heads(kv_heads)
     if num_low == 0:
         return bits
     left = left_padding_tensor(padding, k.device)

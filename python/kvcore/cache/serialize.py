@@ -275,7 +275,14 @@ def _form(row: dict, layer: object, field: str) -> dict[str, tuple]:
         check(_DTYPES[dtype] is not torch.float64, f"{field}.dtype", "a quantizable one", dtype)
         calibrates = layer.settings.balance or layer.settings.subtract_mean
         check(row["calibrated"] == calibrates, f"{field}.calibrated", calibrates, row["calibrated"])
-        return file_format.store_form(row, field)
+        form = file_format.store_form(row, field)
+        num_low = layer.settings.num_low_heads(row["kv_heads"])
+        for name in ("k_bits", "v_bits"):
+            others = [getattr(layer.settings, name)] * (row["kv_heads"] - num_low)
+            widths = sorted([2] * num_low + others)
+            holds = sorted(row[name]) == widths
+            check(holds, f"{field}.{name}", f"{widths} in any order", row[name])
+        return form
     padded = {"padding"} if kind == "turbo" else set()
     check_names(row, {*common, "dtype", "k_shape", "v_shape", *padded}, field)
     shapes = {name: get_ints(row, name, field, 0) for name in ("k_shape", "v_shape")}

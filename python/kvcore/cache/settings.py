@@ -72,6 +72,10 @@ class TurboSettings:
                 value = getattr(self, name)
                 raise ValueError(f"TurboCache: {name} must be {expected}, got {value!r}")
 
+    def num_low_heads(self, kv_heads: int) -> int:
+        """How many of the K heads, and of the V heads, take 2 bits."""
+        return round(self.low_bit_heads * kv_heads)
+
 
 def _is_int(value: object, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high

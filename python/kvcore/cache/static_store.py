@@ -40,7 +40,7 @@ class StaticStore(TurboStore):
         num_pages = capacity // PAGE_TOKENS
         head_bits = np.array([[settings.k_bits] * kv_heads, [settings.v_bits] * kv_heads])
         # Which heads will be the low ones is not known yet, but how many is.
-        head_bits[:, : round(settings.low_bit_heads * kv_heads)] = 2
+        head_bits[:, : settings.num_low_heads(kv_heads)] = 2
         pool = PagePool(head_dim, device)
         sinks = min(settings.sink_pages, num_pages)
         counts = dict(zip(*np.unique(head_bits, return_counts=True), strict=True))
