@@ -8,7 +8,7 @@ import hf_models
 import kvcore.hf
 from cache_tools import random_kv, turbo_layer
 from compare import relative_l2
-from hf_models import full_logits, model, prompt, real, stepwise_logits
+from hf_models import full_logits, model, needs_hybrids, prompt, real, stepwise_logits
 from kvcore.cache import TurboCache
 from kvcore.cache.view import LazyKV
 
@@ -51,6 +51,7 @@ def test_what_nobody_reads_is_not_rebuilt(generator):
         assert all(type(x) is kind for x in layer.update(*random_kv(generator, 1, 1)))
 
 
+@needs_hybrids
 def test_layers_that_cannot_be_compressed_are_named():
     config = FalconH1Config(
         vocab_size=96,

@@ -68,11 +68,16 @@ class StaticTurboLayer(TurboLayer):
             for tensor in (*held, self.cumulative_length):
                 torch._dynamo.mark_static_address(tensor)
 
+    @property
+    def can_compile(self) -> bool:
+        """After the prompt: its first tokens calibrate, and it alone has padding."""
+        return self.store is not None and self.store.is_calibrated
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Stores new tokens; see :class:`TurboLayer`."""
-        if not torch.compiler.is_compiling() or not self.is_initialized:
+        if not (torch.compiler.is_compiling() and self.can_compile):
             return super().update(key_states, value_states)
         self.store.append_op(key_states, value_states, None)
         self.cumulative_length.add_(key_states.shape[2])

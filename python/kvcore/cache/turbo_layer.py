@@ -64,6 +64,11 @@ class TurboLayer(CacheLayerMixin):
     # ---- reading
 
     @property
+    def can_compile(self) -> bool:
+        """Whether an update inside a compiled graph needs nothing of the host."""
+        return False
+
+    @property
     def keys(self) -> Tensor | None:
         """K as :meth:`update` returns it; None before the first update."""
         return self._read(0)
@@ -157,7 +162,11 @@ class TurboLayer(CacheLayerMixin):
         Raises:
             ValueError: if shape, dtype or device are not those of the first update.
         """
-        k, v = key_states, value_states
+        if torch.compiler.is_compiling():
+            return self._update_on_host(key_states, value_states)
+        return self._update(key_states, value_states)
+
+    def _update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         first = not self.is_initialized
         try:
             if first:
@@ -177,6 +186,10 @@ class TurboLayer(CacheLayerMixin):
                 self._clear()
                 self.is_initialized = False
             raise
+
+    @torch.compiler.disable(reason="this update of a TurboCache changes more than tensors")
+    def _update_on_host(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self._update(k, v)
 
     def _update_store(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         store = self.store

@@ -44,6 +44,18 @@ def kvcore_attention(
     What the store's kernels cannot do runs exactly on the rebuilt K and V; see
     :func:`kvcore.hf.fallback_reasons`.
     """
+    if torch.compiler.is_compiling() and type(key) is LazyKV:
+        return _attend_on_host(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            is_causal=is_causal,
+            **kwargs,
+        )
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     special = {name: kwargs[name] for name in _SPECIAL if name in kwargs and _is_set(kwargs[name])}
@@ -96,6 +108,11 @@ def kvcore_attention(
         is_causal=is_causal,
         **kwargs,
     )
+
+
+@torch.compiler.disable(reason="only a TurboCache with max_cache_len can be compiled over")
+def _attend_on_host(*args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
+    return kvcore_attention(*args, **kwargs)
 
 
 def _is_set(value: object) -> bool:

@@ -124,13 +124,19 @@ def _hook(model: PreTrainedModel) -> list:
 
 
 def _announce(places: dict[str, int], module, args: tuple, kwargs: dict) -> None:
-    # Compiled steps are decode steps: what is padding was settled by the prompt.
-    if torch.compiler.is_compiling():
-        return
     cache = _argument("past_key_values", places, args, kwargs)
-    if isinstance(cache, TurboCache):
-        mask = _argument("attention_mask", places, args, kwargs)
+    if not isinstance(cache, TurboCache):
+        return
+    mask = _argument("attention_mask", places, args, kwargs)
+    if not torch.compiler.is_compiling():
         cache.announce(mask, native=module.config._attn_implementation == NAME)
+    elif not all(layer.can_compile for layer in cache.turbo_layers()):
+        _announce_on_host(cache, mask, module.config._attn_implementation == NAME)
+
+
+@torch.compiler.disable(reason="the prompt tells a TurboCache what is padding: run it eagerly")
+def _announce_on_host(cache: TurboCache, mask: object, native: bool) -> None:
+    cache.announce(mask, native=native)
 
 
 def _argument(name: str, places: dict[str, int], args: tuple, kwargs: dict) -> object:
