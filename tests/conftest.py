@@ -14,10 +14,12 @@ settings.load_profile("kvcore")
 
 
 def pytest_collection_modifyitems(config, items):
-    if "slow" not in config.option.markexpr:
+    for mark in ("slow", "long"):
+        if mark in config.option.markexpr:
+            continue
         for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="long run; select it with -m slow"))
+            if item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=f"long run; select it with -m {mark}"))
     if torch.cuda.is_available():
         return
     for item in items:
