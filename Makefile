@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
 ISA_LEVELS ?= scalar avx2 avx512
 
-.PHONY: help build test slow demo isa asan simt simt-tsan cuda-compile lint format audit bench clean
+.PHONY: help build test slow long demo isa asan simt simt-tsan cuda-compile lint format audit bench clean
 .DEFAULT_GOAL := help
 
 PY := $(VENV)/bin/python
@@ -30,6 +30,7 @@ help:
 	@echo "make build   compile and install in place (editable)"
 	@echo "make test    the test suite"
 	@echo "make slow    the tests marked slow, which make test leaves out"
+	@echo "make long    50,000 random problems, a million decoding steps, a thousand repeats"
 	@echo "make demo    full and compressed caches compared on two small models"
 	@echo "make isa     the tests marked isa at each of: $(ISA_LEVELS)"
 	@echo "make asan    the tests marked asan under AddressSanitizer and UBSan"
@@ -72,6 +73,9 @@ test: build
 
 slow: build
 	$(RUN_TESTS) -m slow $(PYTEST_ARGS)
+
+long: build
+	$(RUN_TESTS) -m long $(PYTEST_ARGS)
 
 demo: build
 	$(PY) -m kvcore demo
