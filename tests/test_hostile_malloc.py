@@ -15,7 +15,7 @@ HERE = pathlib.Path(__file__).parent
 OP_ERRORS = re.compile(
     r"RuntimeError: turbo_\w+: \w+ must be small enough for the memory of cpu, got \w+ \[[\d, ]+\]"
     r"|RuntimeError: \w+\(.* API call failed at .*"
-    r"|MemoryError: (std::bad_alloc|no memory for \d+ bytes of scratch)"
+    r"|(MemoryError|RuntimeError): (std::bad_alloc|no memory for \d+ bytes of scratch)"
 )
 # Of other libraries too: numpy's functions fail without naming an error.
 CACHE_ERRORS = re.compile(

@@ -141,3 +141,15 @@ def test_wrappers_call_the_ops(op):
     for a, e in zip(*results, strict=True):
         if a is not None:
             assert_bitwise_equal(a, e)
+
+
+@pytest.mark.parametrize("op", ["append", "rewind"])
+def test_version_counters_stay_as_documented(op):
+    """If torch should begin to move them, the wrappers' documentation is to be changed."""
+    args, kwargs = arguments(op)
+    tensors = [x for arg in args for x in (arg if isinstance(arg, list) else [arg])]
+    before = [x._version for x in tensors]
+    getattr(OPS, f"turbo_{op}")(*args, **kwargs)
+    assert [x._version for x in tensors] == before
+    torch.autograd.graph.increment_version(tensors)
+    assert all(x._version > old for x, old in zip(tensors, before, strict=True))

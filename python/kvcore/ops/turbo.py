@@ -6,8 +6,11 @@ a page is 64 tokens of one sequence. The *store* of one layer is the tuple of te
 fp16 or bf16 with any strides. Errors are ``RuntimeError``; their text is ``<op>: <argument> must be
 <expected>, got <actual>``, and a rejected call changes nothing. On CPU tensors, values inside
 index tensors are always checked; on devices ``check_values=True`` synchronises and checks. What an
-op changes may share memory with no other argument. Scratch memory that cannot be had is a
-``MemoryError`` (torch 2.15 makes it a ``RuntimeError``), which changes nothing either.
+op changes may share memory with no other argument. The error of an output that there is no
+memory for names it; scratch memory that cannot be had is a ``MemoryError`` (torch 2.15 makes it a
+``RuntimeError``). Neither changes anything. ``turbo_append`` and ``turbo_rewind`` do not move the
+version counters of what they change, since torch's stable ABI has no call for that: who relies on
+``Tensor._version`` calls ``torch.autograd.graph.increment_version``.
 """
 
 from collections.abc import Sequence
