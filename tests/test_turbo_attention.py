@@ -12,6 +12,7 @@ import kvcore
 from cases import BF16, F16, F32, LAYOUTS, Shape, each_backend, each_shape, make_qkv, normal
 from compare import (
     assert_bitwise_equal,
+    assert_close,
     assert_same_attention,
     assert_same_nonfinite,
     relative_l2,
@@ -91,6 +92,20 @@ def test_scores_far_below_the_maximum_drop_their_pages(backend):
     k[:, :, 7] = 4 * q[:, :, 0]
     q[:] = q[:, :, :1] + 0.01 * q
     agree(backend, q, k, v)
+
+
+@each_backend
+@pytest.mark.parametrize("below", [80.0, 83.5, 84.5, 86.9, 87.1, 200.0])
+def test_pages_of_vanishing_probability(backend, below):
+    """Exact exponentials so small that 119 / p_max overflows add nothing, and no NaN."""
+    q, v = torch.ones(1, 1, 3, 64), cases.normal(1, 1, 128, 64, seed=1)
+    k = torch.full((1, 1, 128, 64), 40.0)
+    k[:, :, 64:] = 40.0 - below - torch.arange(64.0).view(64, 1) / 4
+    options = {"scale": 1 / 64, "sas_threshold": None}
+    out, lse = agree(backend, q, k, v, **options)
+    first, first_lse = agree(backend, q, k[:, :, :64], v[:, :, :64], **options)
+    assert_close(out, first, rtol=1e-6, atol=1e-6)
+    assert_close(lse, first_lse, rtol=1e-6, atol=0)
 
 
 @each_backend

@@ -14,6 +14,8 @@ from kvcore.reference.turbo.store import read_store
 
 # 2^-f on [0, 1], fitted with the value at 0 fixed to 1: relative error 9e-5.
 EXP2_POLY = (1.0, -0.691588, 0.231159, -0.039616)
+# Probabilities of a page whose largest is smaller get no codes: 119 / p_max would overflow.
+MIN_P_MAX = 2.0**-121
 
 
 def sas(x: Tensor, threshold: float | None) -> Tensor:
@@ -168,7 +170,7 @@ def _attend(
         base = new_m.masked_fill(new_m == -torch.inf, 0)
         p = sas(s - base, sas_threshold).masked_fill(~visible, 0)
         p_max = p.amax(-1, keepdim=True)
-        p8 = torch.where(p_max > 0, p * (CODE_MAX / p_max), 0).round()
+        p8 = torch.where(p_max >= MIN_P_MAX, p * (CODE_MAX / p_max), 0).round()
         decay = (m - base).exp()
         total = decay * total + p.sum(-1, keepdim=True)
         o = decay * o + p_max / CODE_MAX * s_v.nan_to_num(0) * (p8 @ v8)
