@@ -3,11 +3,12 @@
 set(avx2_flags -mavx2 -mfma -mf16c)
 set(avx512_flags ${avx2_flags} -mavx512f -mavx512bw -mavx512dq -mavx512vl)
 set(avx512_vnni_flags ${avx512_flags} -mavx512vnni)
+set(avx512_bf16_flags ${avx512_vnni_flags} -mavx512bf16)
 set(scalar_flags "")
 # A new level goes here, in csrc/core/cpu/isa.h and in isa.cpp.
 set(KVCORE_ISA_LEVELS scalar)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
-  list(APPEND KVCORE_ISA_LEVELS avx2 avx512 avx512_vnni)
+  list(APPEND KVCORE_ISA_LEVELS avx2 avx512 avx512_vnni avx512_bf16)
 endif()
 
 add_library(kvcore_cpu MODULE

@@ -54,4 +54,41 @@ STABLE_TORCH_LIBRARY(KVCORE_LIBRARY, m) {
   m.def(
       "lexico_reconstruct(Tensor indices, Tensor coefficients, Tensor scale, Tensor dictionary, *, "
       "ScalarType dtype=float, bool check_values=False) -> Tensor");
+  // ---- gdn: the gated delta rule
+  m.def(
+      "gdn_chunk_scan(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log=None, "
+      "Tensor? dt_bias=None, Tensor? initial_state=None, Tensor? cu_seqlens=None, *, "
+      "float? scale=None, bool qk_l2norm=False, bool beta_sigmoid=False, "
+      "bool allow_neg_eigval=False, bool state_v_first=False, bool save_residuals=True, "
+      "bool check_values=False) "
+      "-> (Tensor out, Tensor final_state, Tensor g_cumsum, Tensor x_inverse, Tensor rstd)");
+  m.def(
+      "gdn_chunk_scan_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, "
+      "Tensor g_cumsum, Tensor x_inverse, Tensor rstd, Tensor? A_log=None, Tensor? dt_bias=None, "
+      "Tensor? initial_state=None, Tensor? d_final_state=None, Tensor? cu_seqlens=None, *, "
+      "float? scale=None, bool qk_l2norm=False, bool beta_sigmoid=False, "
+      "bool allow_neg_eigval=False, bool state_v_first=False) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dA_log, "
+      "Tensor ddt_bias, Tensor d_initial_state)");
+  m.def(
+      "gdn_recurrent_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor state, "
+      "Tensor? A_log=None, Tensor? dt_bias=None, Tensor? state_indices=None, "
+      "Tensor? num_accepted=None, *, float? scale=None, bool qk_l2norm=False, "
+      "bool beta_sigmoid=False, bool allow_neg_eigval=False, bool state_v_first=False, "
+      "bool check_values=False) -> (Tensor out, Tensor new_state)");
+  m.def(
+      "gdn_recurrent_step_(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, "
+      "Tensor(a!) state, Tensor? A_log=None, Tensor? dt_bias=None, Tensor? state_indices=None, "
+      "Tensor? num_accepted=None, *, float? scale=None, bool qk_l2norm=False, "
+      "bool beta_sigmoid=False, bool allow_neg_eigval=False, bool state_v_first=False, "
+      "bool check_values=False) -> Tensor");
+  m.def(
+      "gdn_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? cu_seqlens=None, *, "
+      "bool silu=False, bool check_values=False) -> Tensor");
+  m.def(
+      "gdn_conv1d_backward(Tensor d_out, Tensor x, Tensor weight, Tensor? bias=None, "
+      "Tensor? cu_seqlens=None, *, bool silu=False) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def(
+      "gdn_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias=None, "
+      "Tensor? state_indices=None, *, bool silu=False, bool check_values=False) -> Tensor");
 }

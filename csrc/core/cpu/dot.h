@@ -5,7 +5,7 @@
 
 namespace kvcore::KVCORE_ISA {
 
-#if defined(KVCORE_ISA_AVX512_VNNI)
+#if defined(KVCORE_ISA_AVX512_VNNI) || defined(KVCORE_ISA_AVX512_BF16)
 
 /// Adds u * s, u unsigned and s signed.
 inline I32 dot_us(I32 acc, Bytes u, Bytes s) {

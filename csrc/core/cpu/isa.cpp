@@ -31,7 +31,7 @@ static_assert(levels_are_consecutive());
 __attribute__((target("xsave"))) uint64_t enabled_register_state() { return _xgetbv(0); }
 
 struct X86Features {
-  bool avx2 = false, avx512 = false, avx512_vnni = false, amx = false;
+  bool avx2 = false, avx512 = false, avx512_vnni = false, avx512_bf16 = false, amx = false;
 
   X86Features() {
     uint32_t a, b, c, d;
@@ -48,6 +48,9 @@ struct X86Features {
     avx512 = avx2 && saves(0xe0) && f && dq && bw && vl;
     avx512_vnni = avx512 && (c7 >> 11 & 1);
     const bool amx_tile = d7 >> 24 & 1, amx_int8 = d7 >> 25 & 1;
+    uint32_t a71, b71, c71, d71;
+    const bool bf16 = __get_cpuid_count(7, 1, &a71, &b71, &c71, &d71) && (a71 >> 5 & 1);
+    avx512_bf16 = avx512_vnni && bf16;
     amx = avx512_vnni && saves(0x60000) && amx_tile && amx_int8;
   }
 };
@@ -66,6 +69,8 @@ const char* isa_name(Isa isa) {
       return "avx512";
     case Isa::avx512_vnni:
       return "avx512_vnni";
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
     case Isa::amx:
       return "amx";
   }
@@ -84,6 +89,8 @@ bool isa_supported(Isa isa) {
       return features.avx512;
     case Isa::avx512_vnni:
       return features.avx512_vnni;
+    case Isa::avx512_bf16:
+      return features.avx512_bf16;
     case Isa::amx:
       return features.amx;
   }

@@ -11,11 +11,11 @@
 
 namespace kvcore {
 
-enum class Isa : int { scalar, avx2, avx512, avx512_vnni, amx };
+enum class Isa : int { scalar, avx2, avx512, avx512_vnni, avx512_bf16, amx };
 
 // Levels of this build, lowest first; cmake/cpu.cmake compiles the same list.
 #if defined(__x86_64__)
-#define KVCORE_FOR_EACH_ISA(X) X(scalar) X(avx2) X(avx512) X(avx512_vnni)
+#define KVCORE_FOR_EACH_ISA(X) X(scalar) X(avx2) X(avx512) X(avx512_vnni) X(avx512_bf16)
 #else
 #define KVCORE_FOR_EACH_ISA(X) X(scalar)
 #endif
@@ -54,6 +54,9 @@ std::string available_isas();
   }                                      \
   namespace avx512_vnni {                \
   __VA_ARGS__;                           \
+  }                                      \
+  namespace avx512_bf16 {                \
+  __VA_ARGS__;                           \
   }
 #else
 #define KVCORE_ISA_DECLARE(...) KVCORE_ISA_DECLARE_SCALAR(__VA_ARGS__)
@@ -64,7 +67,7 @@ std::string available_isas();
 #if defined(__x86_64__)
 #define KVCORE_ISA_SELECT(function)                                           \
   ::kvcore::isa_select(&scalar::function, &avx2::function, &avx512::function, \
-                       &avx512_vnni::function)
+                       &avx512_vnni::function, &avx512_bf16::function)
 #else
 #define KVCORE_ISA_SELECT(function) ::kvcore::isa_select(&scalar::function)
 #endif

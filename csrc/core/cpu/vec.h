@@ -9,7 +9,7 @@
 #include "core/cpu/half.h"
 #include "core/types.h"
 
-#if defined(KVCORE_ISA_AVX512) || defined(KVCORE_ISA_AVX512_VNNI)
+#if defined(KVCORE_ISA_AVX512) || defined(KVCORE_ISA_AVX512_VNNI) || defined(KVCORE_ISA_AVX512_BF16)
 #define KVCORE_VEC_512 1
 // GCC 12 takes the undefined operands of unmasked intrinsics for uninitialized variables.
 #pragma GCC diagnostic push
