@@ -54,6 +54,7 @@ STABLE_TORCH_LIBRARY(KVCORE_LIBRARY, m) {
   m.def(
       "lexico_reconstruct(Tensor indices, Tensor coefficients, Tensor scale, Tensor dictionary, *, "
       "ScalarType dtype=float, bool check_values=False) -> Tensor");
+
   // ---- gdn: the gated delta rule
   m.def(
       "gdn_chunk_scan(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log=None, "

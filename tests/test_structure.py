@@ -304,7 +304,12 @@ def signature_of_schema(op):
 
 
 # Functions beside the wrappers: they have no schema.
-COMPOSED = {"check_errors", "merge_attention"}
+COMPOSED = {
+    "check_errors",
+    "chunk_gated_delta_rule",
+    "fused_recurrent_gated_delta_rule",
+    "merge_attention",
+}
 
 
 def test_ops_were_found():
@@ -347,6 +352,7 @@ PARAMS_NAMES = {
     "k_bits": None,
     "v_bits": None,
     "sink_pages": None,
+    "allow_neg_eigval": "beta_scale",
 }
 # Ops that run another op's kernels.
 PARAMS_OF = {"turbo_quantize": "AppendParams"}
@@ -387,6 +393,9 @@ def test_python_constants_are_those_of_the_layout():
     assert int(layout["kCodeMax"]) == blocks.CODE_MAX
     assert int(layout["kHeaderBytes"]) == fake.HEADER_BYTES
     assert int(layout["kTailSlots"]) == fake.TAIL_SLOTS
+    chunk = re.search(r"constexpr int kChunk = (\d+);", code(CSRC / "gdn" / "layout.h"))[1]
+    for name in ("reference.gdn.chunk", "ops.gdn_autograd"):
+        assert int(chunk) == sys.modules[f"kvcore.{name}"].CHUNK
 
 
 def test_python_constants_are_those_of_lexicos_layout():

@@ -92,7 +92,7 @@ struct RecurrentStepParams {
 
 /// Views with a head stride of 0: tokens of x are [batch, num_tokens, channels], taps of weight
 /// [width, channels]. The last tap meets the token itself.
-struct Conv1dParams {
+struct Conv1DParams {
   InputView x;       // [batch, num_tokens, channels]
   InputView weight;  // [width, channels]
   InputView bias;    // [channels]; data may be null (zeros)
@@ -102,9 +102,9 @@ struct Conv1dParams {
   OutputView out;  // [batch, num_tokens, channels]
 };
 
-struct Conv1dBackwardParams {
+struct Conv1DBackwardParams {
   InputView d_out;            // [batch, num_tokens, channels]
-  InputView x, weight, bias;  // as in Conv1dParams
+  InputView x, weight, bias;  // as in Conv1DParams
   int64_t batch, channels, num_tokens, width;
   Sequences sequences;
   bool silu;
@@ -113,8 +113,8 @@ struct Conv1dBackwardParams {
   float* dbias;    // [channels]
 };
 
-struct Conv1dUpdateParams {
-  InputView x, weight, bias;  // as in Conv1dParams
+struct Conv1DUpdateParams {
+  InputView x, weight, bias;  // as in Conv1DParams
   int64_t batch, channels, num_tokens, width;
   OutputView conv_state;         // [num_slots, channels, state_len], newest value last
   int64_t num_slots, state_len;  // state_len >= width - 1
@@ -133,9 +133,9 @@ extern const bool kHostReadsValues;
 void chunk_scan(const ChunkScanParams& params);
 void chunk_scan_backward(const ChunkScanBackwardParams& params);
 void recurrent_step(const RecurrentStepParams& params);
-void conv1d(const Conv1dParams& params);
-void conv1d_backward(const Conv1dBackwardParams& params);
-void conv1d_update(const Conv1dUpdateParams& params);
+void conv1d(const Conv1DParams& params);
+void conv1d_backward(const Conv1DBackwardParams& params);
+void conv1d_update(const Conv1DUpdateParams& params);
 
 }  // namespace backend
 }  // namespace kvcore::gdn

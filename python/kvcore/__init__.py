@@ -14,6 +14,7 @@ _native.load()
 from kvcore import ops  # noqa: E402  (needs the schemas)
 from kvcore.ops import *  # noqa: E402, F403
 from kvcore.ops import fake as _fake  # noqa: E402, F401  (registers the fake kernels)
+from kvcore.ops import gdn_autograd as _gdn_autograd  # noqa: E402, F401  (and backwards)
 
 __version__ = "0.1.0"
 __all__ = ["__version__", *ops.__all__]

@@ -25,7 +25,7 @@ void for_each_range(int64_t num_outer, int64_t channels, const F& f) {
 
 namespace backend {
 
-void conv1d(const Conv1dParams& p) {
+void conv1d(const Conv1DParams& p) {
   auto* const kernel = KVCORE_ISA_SELECT(conv1d_kernel);
   for_each_range(p.sequences.num_seqs, p.channels,
                  [&](int64_t seq, int64_t begin, int64_t end, ConvWorkspace& w) {
@@ -33,14 +33,14 @@ void conv1d(const Conv1dParams& p) {
                  });
 }
 
-void conv1d_backward(const Conv1dBackwardParams& p) {
+void conv1d_backward(const Conv1DBackwardParams& p) {
   auto* const kernel = KVCORE_ISA_SELECT(conv1d_backward_kernel);
   for_each_range(1, p.channels, [&](int64_t, int64_t begin, int64_t end, ConvWorkspace& w) {
     kernel(p, begin, end, w);
   });
 }
 
-void conv1d_update(const Conv1dUpdateParams& p) {
+void conv1d_update(const Conv1DUpdateParams& p) {
   auto* const kernel = KVCORE_ISA_SELECT(conv1d_update_kernel);
   for_each_range(p.batch, p.channels,
                  [&](int64_t batch, int64_t begin, int64_t end, ConvWorkspace& w) {

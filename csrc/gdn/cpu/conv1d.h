@@ -23,12 +23,12 @@ struct alignas(64) ConvWorkspace {
 // clang-format off
 KVCORE_ISA_DECLARE(
 /// Channels [begin, end) of sequence seq_idx, at most kConvChannels.
-void conv1d_kernel(const Conv1dParams& p, int64_t seq_idx, int64_t begin, int64_t end,
+void conv1d_kernel(const Conv1DParams& p, int64_t seq_idx, int64_t begin, int64_t end,
                    ConvWorkspace& w);
 /// Channels [begin, end) of every sequence, in turn.
-void conv1d_backward_kernel(const Conv1dBackwardParams& p, int64_t begin, int64_t end,
+void conv1d_backward_kernel(const Conv1DBackwardParams& p, int64_t begin, int64_t end,
                             ConvWorkspace& w);
-void conv1d_update_kernel(const Conv1dUpdateParams& p, int64_t batch, int64_t begin, int64_t end,
+void conv1d_update_kernel(const Conv1DUpdateParams& p, int64_t batch, int64_t begin, int64_t end,
                           ConvWorkspace& w);
 )
 // clang-format on

@@ -75,7 +75,7 @@ void convolve(ConvWorkspace& w, int count, int width, int n, bool silu) {
 
 }  // namespace
 
-void conv1d_kernel(const Conv1dParams& p, int64_t seq_idx, int64_t begin, int64_t end,
+void conv1d_kernel(const Conv1DParams& p, int64_t seq_idx, int64_t begin, int64_t end,
                    ConvWorkspace& w) {
   const int n = static_cast<int>(end - begin), width = static_cast<int>(p.width);
   const InputView x = channels_from(p.x, begin);
@@ -95,7 +95,7 @@ void conv1d_kernel(const Conv1dParams& p, int64_t seq_idx, int64_t begin, int64_
   }
 }
 
-void conv1d_backward_kernel(const Conv1dBackwardParams& p, int64_t begin, int64_t end,
+void conv1d_backward_kernel(const Conv1DBackwardParams& p, int64_t begin, int64_t end,
                             ConvWorkspace& w) {
   const int n = static_cast<int>(end - begin), width = static_cast<int>(p.width);
   const InputView x = channels_from(p.x, begin), d_out = channels_from(p.d_out, begin);
@@ -152,7 +152,7 @@ void conv1d_backward_kernel(const Conv1dBackwardParams& p, int64_t begin, int64_
   }
 }
 
-void conv1d_update_kernel(const Conv1dUpdateParams& p, int64_t batch, int64_t begin, int64_t end,
+void conv1d_update_kernel(const Conv1DUpdateParams& p, int64_t batch, int64_t begin, int64_t end,
                           ConvWorkspace& w) {
   const int n = static_cast<int>(end - begin), width = static_cast<int>(p.width);
   const int64_t slot = p.state_indices ? p.state_indices[batch] : batch;

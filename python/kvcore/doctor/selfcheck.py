@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 import kvcore
+from kvcore.doctor import selfcheck_gdn
+from kvcore.doctor.mismatch import Mismatch
 from kvcore.reference import lexico
 from kvcore.reference import turbo as reference
 
@@ -29,10 +31,6 @@ class Check:
     status: str
     detail: str
     seconds: float
-
-
-class Mismatch(Exception):
-    """An op and its reference disagree; the text says where."""
 
 
 def _equal(actual: Tensor, expected: Tensor, what: str) -> None:
@@ -239,6 +237,10 @@ CHECKS: dict[str, Callable[[_Case], str]] = {
     "turbo_decode": _decode,
     "lexico_encode": _encode,
     "lexico_reconstruct": _reconstruct,
+    **{
+        op: lambda case, check=check: check(case.q.shape[-1], case.device)
+        for op, check in selfcheck_gdn.CHECKS.items()
+    },
 }
 
 

@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from kvcore.cache import TurboCache
+from kvcore.hf import gdn
 from kvcore.hf.attention import kvcore_attention
 
 NAME = "kvcore"
@@ -19,19 +20,22 @@ NAME = "kvcore"
 class _Plugged:
     """What :func:`disable` needs to undo."""
 
-    def __init__(self, previous: object, hooks: list) -> None:
+    def __init__(self, previous: object, hooks: list, routes: weakref.finalize) -> None:
         self.previous = previous
         self.hooks = hooks
+        self.routes = routes
 
 
 _plugged: weakref.WeakKeyDictionary[torch.nn.Module, _Plugged] = weakref.WeakKeyDictionary()
 
 
 def enable(model: PreTrainedModel) -> PreTrainedModel:
-    """Makes a model attend over kvcore's caches.
+    """Makes a model attend over kvcore's caches and run its gated delta rule in kvcore.
 
     Its attention implementation becomes ``kvcore``, and its forward passes tell the cache about
-    padding. Without a kvcore cache the model computes what it did with ``sdpa``. Calling it again
+    padding. Without a kvcore cache the model computes what it did with ``sdpa``. Layers of the
+    gated delta rule run :func:`kvcore.chunk_gated_delta_rule` and its siblings, in training too,
+    and so do those of every other model of the same class in the process. Calling it again
     changes nothing; :func:`disable` undoes it.
 
     Args:
@@ -62,12 +66,16 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
             "transformers' AttentionInterface; a TurboCache works with it as it is, but rebuilds "
             "K and V in every step"
         )
-    _plugged[model] = _Plugged(previous, _hook(model))
+    routed = gdn.modules_of(model)
+    gdn.route(routed)
+    # Also undone when the model is gone, or the module would stay routed for good.
+    routes = weakref.finalize(model, gdn.restore, routed)
+    _plugged[model] = _Plugged(previous, _hook(model), routes)
     return model
 
 
 def disable(model: PreTrainedModel) -> PreTrainedModel:
-    """Gives a model back the attention implementation it had before :func:`enable`.
+    """Gives a model back what it had before :func:`enable`.
 
     A model that is not enabled is left alone. Returns the model.
     """
@@ -75,6 +83,7 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
     if plugged is not None:
         for hook in plugged.hooks:
             hook.remove()
+        plugged.routes()
         model.set_attn_implementation(plugged.previous)
     return model
 

@@ -1,9 +1,20 @@
 """Typed wrappers of ``torch.ops.kvcore``: defaults and documentation, no logic.
 
-:func:`merge_attention` alone is written in torch ops; :func:`check_errors` asks the devices.
+:func:`merge_attention` is written in torch ops; :func:`check_errors` asks the devices; the functions
+with flash-linear-attention's signatures choose between the ops of the gated delta rule.
 """
 
 from kvcore.ops.errors import check_errors
+from kvcore.ops.gdn import (
+    gdn_chunk_scan,
+    gdn_chunk_scan_backward,
+    gdn_conv1d,
+    gdn_conv1d_backward,
+    gdn_conv1d_update,
+    gdn_recurrent_step,
+    gdn_recurrent_step_,
+)
+from kvcore.ops.gdn_fla import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from kvcore.ops.lexico import lexico_encode, lexico_reconstruct
 from kvcore.ops.merge import merge_attention
 from kvcore.ops.turbo import (
@@ -19,6 +30,15 @@ from kvcore.ops.turbo import (
 
 __all__ = [
     "check_errors",
+    "chunk_gated_delta_rule",
+    "fused_recurrent_gated_delta_rule",
+    "gdn_chunk_scan",
+    "gdn_chunk_scan_backward",
+    "gdn_conv1d",
+    "gdn_conv1d_backward",
+    "gdn_conv1d_update",
+    "gdn_recurrent_step",
+    "gdn_recurrent_step_",
     "lexico_encode",
     "lexico_reconstruct",
     "merge_attention",

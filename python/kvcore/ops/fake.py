@@ -13,9 +13,9 @@ def block_bytes(bits: int, head_dim: int) -> int:
     return HEADER_BYTES + side + PAGE_TOKENS * head_dim * bits // 8
 
 
-def _check(name: str, argument: str, x: Tensor, first: str, like: Tensor) -> None:
-    if argument in _INPUTS and x.dim() != 4:
-        raise RuntimeError(f"{name}: {argument} must be 4-dimensional, got {list(x.shape)}")
+def _check(name: str, argument: str, x: Tensor, first: str, like: Tensor, dims: int) -> None:
+    if argument in _INPUTS and x.dim() != dims:
+        raise RuntimeError(f"{name}: {argument} must be {dims}-dimensional, got {list(x.shape)}")
     if x.device != like.device:
         # Any meta tensor brings a call here, whatever the others are: unchecked, the call would
         # return memory that nothing wrote.
@@ -24,8 +24,11 @@ def _check(name: str, argument: str, x: Tensor, first: str, like: Tensor) -> Non
         )
 
 
-def _register_fake(name: str):
-    """Registers a function of the op's arguments, behind the checks that tracing can make."""
+def register_fake(name: str, dims: int = 4):
+    """Registers a function of the op's arguments, behind the checks that tracing can make.
+
+    ``dims``: dimensions of the inputs called q, k, v or x.
+    """
     names = [a.name for a in getattr(torch.ops.kvcore, name).default._schema.arguments]
 
     def register(function):
@@ -37,7 +40,7 @@ def _register_fake(name: str):
                 elif argument == "pool":
                     tensors += [(f"pool[{i}]", slab) for i, slab in enumerate(value)]
             for argument, value in tensors:
-                _check(name, argument, value, *tensors[0])
+                _check(name, argument, value, *tensors[0], dims)
             return function(*args, **kwargs)
 
         torch.library.register_fake(f"kvcore::{name}")(fake)
@@ -50,28 +53,28 @@ def _(like):
     return None
 
 
-@_register_fake("turbo_attention")
+@register_fake("turbo_attention")
 def _(q, k, v, *args, **kwargs):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@_register_fake("turbo_decode")
+@register_fake("turbo_decode")
 def _(q, pool, *args, **kwargs):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@_register_fake("turbo_calibrate")
+@register_fake("turbo_calibrate")
 def _(k, left_padding=None, **kwargs):
     shape = (k.shape[0], k.shape[1], k.shape[3])
     return k.new_empty(shape, dtype=torch.float32), k.new_empty(shape, dtype=torch.float32)
 
 
-@_register_fake("turbo_head_priority")
+@register_fake("turbo_head_priority")
 def _(x, left_padding=None, **kwargs):
     return x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
-@_register_fake("turbo_quantize")
+@register_fake("turbo_quantize")
 def _(
     k,
     v,
@@ -106,17 +109,17 @@ def _(
     )
 
 
-@_register_fake("turbo_append")
+@register_fake("turbo_append")
 def _(*args, **kwargs):
     return None
 
 
-@_register_fake("turbo_rewind")
+@register_fake("turbo_rewind")
 def _(*args, **kwargs):
     return None
 
 
-@_register_fake("turbo_dequantize")
+@register_fake("turbo_dequantize")
 def _(
     pool,
     block_table,
@@ -136,7 +139,7 @@ def _(
     return tail.new_empty(shape, dtype=dtype), tail.new_empty(shape, dtype=dtype)
 
 
-@_register_fake("lexico_encode")
+@register_fake("lexico_encode")
 def _(x, dictionary, gram=None, *, sparsity, tolerance=0.0, dtype=torch.int8, check_values=False):
     shape = x.shape[:3]
     return (
@@ -147,16 +150,19 @@ def _(x, dictionary, gram=None, *, sparsity, tolerance=0.0, dtype=torch.int8, ch
     )
 
 
-@_register_fake("lexico_reconstruct")
+@register_fake("lexico_reconstruct")
 def _(indices, coefficients, scale, dictionary, *, dtype=torch.float32, check_values=False):
     return dictionary.new_empty((*indices.shape[:3], dictionary.shape[1]), dtype=dtype)
 
 
-def _refuse_backward(name: str) -> None:
+def refuse_backward(
+    name: str, instead: str = "torch.nn.functional.scaled_dot_product_attention"
+) -> None:
+    """Makes the op's backward an error that names what to train with instead."""
+
     def backward(ctx, *grads: Tensor):
         raise RuntimeError(
-            f"{name}: has no backward; call it under torch.no_grad() or use "
-            "torch.nn.functional.scaled_dot_product_attention for training"
+            f"{name}: has no backward; call it under torch.no_grad() or use {instead} for training"
         )
 
     torch.library.register_autograd(f"kvcore::{name}", backward)
@@ -172,4 +178,4 @@ for _name in (
     "lexico_encode",
     "lexico_reconstruct",
 ):
-    _refuse_backward(_name)
+    refuse_backward(_name)

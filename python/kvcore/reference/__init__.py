@@ -1,10 +1,10 @@
 """Every op in plain PyTorch, written to be read; the oracle of the tests.
 
 Nothing here imports the ops or native code. ``kvcore.reference.<family>`` repeats the names and
-arguments of the ops; :func:`exact_attention` is what all of them approximate.
+arguments of the ops; :func:`exact_attention` is what turbo approximates.
 """
 
-from kvcore.reference import lexico, turbo
+from kvcore.reference import gdn, lexico, turbo
 from kvcore.reference.attention import exact_attention
 
-__all__ = ["exact_attention", "lexico", "turbo"]
+__all__ = ["exact_attention", "gdn", "lexico", "turbo"]

@@ -1,7 +1,7 @@
 """Gated delta rule in plain PyTorch: the recurrence, the chunk form and the convolution.
 
-Arguments and results are those of the ops; computed in fp32, in fp64 for fp64 inputs. Everything but
-the in-place functions is differentiable.
+Arguments and results are those of the ops; computed in fp32, in fp64 for fp64 inputs. Everything
+but the in-place functions is differentiable.
 """
 
 from kvcore.reference.gdn.chunk import CHUNK, gdn_chunk_scan, gdn_chunk_scan_backward

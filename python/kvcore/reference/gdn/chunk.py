@@ -1,4 +1,4 @@
-"""The gated delta rule in chunks: one triangular system per chunk, as ``csrc/gdn/README.md`` says."""
+"""The gated delta rule in chunks, by the equations of ``csrc/gdn/README.md``."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def gdn_conv1d(
         for begin, end in itertools.pairwise(bounds)
         if end > begin
     ]
-    return torch.cat(parts, 2).to(x.dtype) if parts else torch.zeros_like(x)
+    return torch.cat(parts, 2).to(x.dtype) if parts else x.clone()
 
 
 def gdn_conv1d_backward(
@@ -53,7 +53,9 @@ def gdn_conv1d_backward(
     inputs = [y.detach().requires_grad_() for y in (x, weight.to(dtype), bias.to(dtype))]
     with torch.enable_grad():
         out = gdn_conv1d(*inputs, cu_seqlens, silu=silu)
-        return torch.autograd.grad(out, inputs, d_out.to(out.dtype), materialize_grads=True)
+        return torch.autograd.grad(
+            out, inputs, d_out.to(out.dtype), allow_unused=True, materialize_grads=True
+        )
 
 
 def gdn_conv1d_update(
@@ -76,6 +78,8 @@ def gdn_conv1d_update(
         if slot < 0:
             continue
         tokens = torch.cat([conv_state[slot].to(dtype), x[i].to(dtype)], 1)
+        if x.shape[2] == 0:
+            continue
         needed = tokens[None, :, state_len - (w.shape[1] - 1) :]
         out[i] = _convolve(needed, w, b, silu)[0].to(x.dtype)
         conv_state[slot] = tokens[:, tokens.shape[1] - state_len :].to(conv_state.dtype)

@@ -118,7 +118,7 @@ def gdn_recurrent_step(
     batch, num_tokens = v.shape[:2]
     pool = state.mT if state_v_first else state
     slots = torch.arange(batch) if state_indices is None else state_indices.long()
-    slots = slots.view(batch, -1)
+    slots = slots if slots.dim() == 2 else slots[:, None]
     new_state, out = pool.clone(), torch.zeros_like(v_)
     for b in range(batch):
         start = 0 if num_accepted is None else int(num_accepted[b]) - 1

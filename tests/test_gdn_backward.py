@@ -1,0 +1,184 @@
+"""Gradients of the gated delta rule: against autograd through fp64, and numerically."""
+
+import pytest
+import torch
+
+import kvcore
+from cases import BF16, F16, F32, normal
+from compare import assert_bitwise_equal
+from gdn_cases import ISA_SCANS, MAX_GRADIENT_ERROR, SCANS, Scan, assert_near, doubles, make_scan
+from kvcore.reference import gdn as reference
+
+NAMES = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
+# One of everything: every head of the forward's list would take long in fp64 on two cores.
+BACKWARD_SCANS = [
+    *SCANS[:10],
+    *(Scan(70, k, v) for k, v in ((16, 80), (96, 192), (128, 64), (256, 256))),
+    *(Scan(100, 32, 32, k, v, 2, in_op_gate=True) for k, v in ((1, 1), (2, 8))),
+    *(Scan(130, 64, 128, 1, 2, dtype=t, in_op_gate=True) for t in (F16, BF16)),
+    Scan(150, normaliser=0.01),
+    Scan(150, beta_max=2.0, correlated=True),
+    Scan(150, in_op_gate=True, beta_max=2.0, v_first=True),
+    Scan(lengths=(15, 85, 1, 0, 64, 65), in_op_gate=True),
+    Scan(lengths=(0, 30), v_first=True),
+    Scan(150, initial=False),
+    Scan(0),
+]
+
+
+def gradients(function, inputs, seed=0, with_state=True, **options):
+    """Gradients of a random weighting of out and final_state, None where an input is."""
+    leaves = [
+        x.detach().requires_grad_() if x is not None and x.is_floating_point() else x
+        for x in inputs
+    ]
+    out, state, *_ = function(*leaves, **options)
+    loss = (out * normal(*out.shape, seed=seed).to(out)).sum()
+    if with_state:
+        loss = loss + (state * normal(*state.shape, seed=seed + 1).to(state)).sum()
+    wanted = [x for x in leaves[:8] if x is not None]
+    grads = iter(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
+    return [None if x is None else next(grads) for x in leaves[:8]]
+
+
+def check(case):
+    inputs = make_scan(case)
+    actual = gradients(kvcore.gdn_chunk_scan, inputs, **case.options)
+    expected = gradients(reference.gdn_chunk_scan, doubles(inputs), **case.options)
+    for name, x, a, e in zip(NAMES, inputs, actual, expected, strict=False):
+        if x is None:
+            continue
+        assert a.dtype == x.dtype, name
+        # Gradients that nearly cancel are compared with the size of the parts that do.
+        bound = MAX_GRADIENT_ERROR[F32 if a.dtype == F32 and case.dtype == F32 else case.dtype]
+        assert_near(a, e, bound, f"d{name}")
+
+
+@pytest.mark.parametrize("case", BACKWARD_SCANS, ids=str)
+def test_matches_reference(case):
+    check(case)
+
+
+@pytest.mark.isa
+@pytest.mark.asan
+@pytest.mark.parametrize("case", ISA_SCANS, ids=str)
+def test_matches_reference_at_every_isa_level(case):
+    check(case)
+
+
+def test_more_chunks_than_a_segment():
+    # 64 chunks are kept, so 70 take the way through segments.
+    check(Scan(70 * 64 - 5, 16, 16, 1, 1, normaliser=20.0))
+
+
+@pytest.mark.parametrize("case", [Scan(5, 16, 16), Scan(67, 16, 16, 1, 1)], ids=str)
+def test_gradcheck_of_the_reference(case):
+    """The oracle itself, numerically."""
+    inputs = [x if x is None else x.double().requires_grad_() for x in make_scan(case)[:8]]
+    torch.autograd.gradcheck(
+        lambda *x: reference.gdn_chunk_scan(*x, qk_l2norm=True)[:2],
+        inputs,
+        fast_mode=True,
+        rtol=1e-4,
+    )
+
+
+def test_gradcheck():
+    """The op in fp32, by central differences along random directions."""
+    case = Scan(70, 16, 32, 1, 2, in_op_gate=True)
+    inputs = make_scan(case)
+    grads = gradients(kvcore.gdn_chunk_scan, inputs, **case.options)
+
+    def loss(tensors):
+        out, state, *_ = reference.gdn_chunk_scan(*doubles(tensors), None, **case.options)
+        weights = normal(*out.shape, seed=0).double(), normal(*state.shape, seed=1).double()
+        return (out * weights[0]).sum() + (state * weights[1]).sum()
+
+    for i, name in enumerate(NAMES):
+        direction = normal(*inputs[i].shape, seed=100 + i).double()
+        moved = [
+            [*inputs[:i], inputs[i].double() + s * 1e-5 * direction, *inputs[i + 1 : 8]]
+            for s in (1, -1)
+        ]
+        numeric = (loss(moved[0]) - loss(moved[1])) / 2e-5
+        analytic = (grads[i].double() * direction).sum()
+        assert abs(numeric - analytic) <= 1e-4 * max(1, abs(numeric)), name
+
+
+def test_parts_of_the_result():
+    inputs = make_scan(Scan(70))
+    both = gradients(kvcore.gdn_chunk_scan, inputs, qk_l2norm=True)
+    out_only = gradients(kvcore.gdn_chunk_scan, inputs, with_state=False, qk_l2norm=True)
+    want = gradients(reference.gdn_chunk_scan, doubles(inputs), with_state=False, qk_l2norm=True)
+    for name, a, b, e in zip(NAMES, out_only, both, want, strict=True):
+        if a is not None:
+            assert_near(a, e, 2e-5, f"d{name}")
+            assert name == "q" or (a != b).any()
+    leaves = [x.requires_grad_() if x is not None else None for x in make_scan(Scan(70))]
+    _, state, *_ = kvcore.gdn_chunk_scan(*leaves, qk_l2norm=True)
+    state.sum().backward()
+    assert not leaves[0].grad.any()  # the state does not depend on queries
+    assert leaves[1].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_deterministic(dtype):
+    case = Scan(150, 64, 96, 2, 8, 2, dtype=dtype, in_op_gate=True)
+    inputs = make_scan(case)
+    first = gradients(kvcore.gdn_chunk_scan, inputs, **case.options)
+    threads = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2, 7):
+            torch.set_num_threads(num_threads)
+            again = gradients(kvcore.gdn_chunk_scan, inputs, **case.options)
+            for name, a, b in zip(NAMES, again, first, strict=True):
+                assert_bitwise_equal(a, b, f"d{name} of {num_threads} threads")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_poisoned_output(poisoned_memory):
+    for case in (Scan(70, dtype=BF16), Scan(lengths=(5, 0, 80), in_op_gate=True), Scan(1)):
+        for grad in gradients(kvcore.gdn_chunk_scan, make_scan(case), **case.options):
+            assert grad is None or grad.isfinite().all()
+
+
+def test_opcheck():
+    case = Scan(70, in_op_gate=True)
+    *inputs, _ = make_scan(case)
+    residuals = kvcore.gdn_chunk_scan(*inputs, **case.options)[2:]
+    d_out, d_state = torch.ones_like(inputs[2]), torch.ones_like(inputs[7])
+    arguments = (d_out, *inputs[:5], *residuals, *inputs[5:], d_state)
+    op = torch.ops.kvcore.gdn_chunk_scan_backward.default
+    torch.library.opcheck(op, arguments, case.options)
+    torch.library.opcheck(
+        op, (d_out, *inputs[:5], *residuals), {"qk_l2norm": True, "state_v_first": True}
+    )
+
+
+def test_compiled_training_step():
+    inputs = make_scan(Scan(70, dtype=BF16))
+
+    def run(*inputs):
+        return kvcore.gdn_chunk_scan(*inputs, qk_l2norm=True)[:2]
+
+    eager = gradients(run, inputs)
+    compiled = gradients(torch.compile(run, fullgraph=True), inputs)
+    for a, b in zip(compiled, eager, strict=True):
+        if a is not None:
+            assert_bitwise_equal(a, b)
+
+
+def test_refusals_name_the_argument():
+    leaves = [x.requires_grad_() if x is not None else None for x in make_scan(Scan(5))]
+    out, *_ = kvcore.gdn_chunk_scan(*leaves, save_residuals=False)
+    with pytest.raises(RuntimeError, match="save_residuals must be True for a backward"):
+        out.sum().backward()
+    assert not any(x.requires_grad for x in kvcore.gdn_chunk_scan(*leaves)[2:])
+    out, _ = kvcore.gdn_recurrent_step(*leaves[:5], leaves[7])
+    with pytest.raises(RuntimeError, match=r"gdn_recurrent_step: has no backward.*gdn_chunk_scan"):
+        out.sum().backward()
+    out, *_ = kvcore.gdn_chunk_scan(*leaves)
+    (dq,) = torch.autograd.grad(out.sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="gdn_chunk_scan_backward: has no backward"):
+        dq.sum().backward()
