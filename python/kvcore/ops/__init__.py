@@ -1,7 +1,7 @@
 """Typed wrappers of ``torch.ops.kvcore``: defaults and documentation, no logic.
 
-:func:`merge_attention` is written in torch ops; :func:`check_errors` asks the devices; the functions
-with flash-linear-attention's signatures choose between the ops of the gated delta rule.
+:func:`merge_attention` is written in torch ops; :func:`check_errors` asks the devices;
+functions with flash-linear-attention's signatures choose between the ops of the gated delta rule.
 """
 
 from kvcore.ops.errors import check_errors
