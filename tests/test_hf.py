@@ -12,12 +12,14 @@ import hf_models
 import kvcore.hf
 from compare import relative_l2
 from hf_models import (
+    HYBRID_NAMES,
     NAMES,
     PADDING,
     check_logits,
     full_logits,
     model,
     prompt,
+    real,
     stepwise_logits,
     turbo_cache,
 )
@@ -81,9 +83,13 @@ def test_without_a_cache_and_with_another_one_nothing_changes(name):
         expected = stepwise_logits(name, DynamicCache(config=model(name).config), ids, mask,
                                    [60, 1, 19])  # fmt: skip
         kvcore.hf.enable(model(name))
-        assert torch.equal(model(name)(ids, attention_mask=mask).logits, plain)
+        # The delta rule of hybrid models is summed in another order.
+        bound = 1e-4 if name in HYBRID_NAMES else 0
+        actual = model(name)(ids, attention_mask=mask).logits
+        assert relative_l2(real(actual, mask), real(plain, mask)) <= bound
         cache = DynamicCache(config=model(name).config)
-        assert torch.equal(stepwise_logits(name, cache, ids, mask, [60, 1, 19]), expected)
+        actual = stepwise_logits(name, cache, ids, mask, [60, 1, 19])
+        assert relative_l2(real(actual, mask), real(expected, mask)) <= bound
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -23,16 +23,22 @@ _SILU = ("silu", "swish")
 _routed: dict[str, tuple[int, dict[str, Callable]]] = {}
 
 
-def _has_kernel(op: str, x: Tensor) -> bool:
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(x.device.type)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"kvcore::{op}", key)
+def _devices_of(op: str) -> frozenset[str]:
+    keys = {"cpu": "CPU", "cuda": "CUDA"}
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(device for device, key in keys.items() if has_kernel(f"kvcore::{op}", key))
+
+
+# Asked once: torch.compile traces what looks these up, but not the question.
+_RULE_DEVICES = _devices_of("gdn_chunk_scan")
+_CONV_DEVICES = _devices_of("gdn_conv1d")
 
 
 def _supports(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor) -> bool:
     """Whether the ops compute this call; everything else goes to what was there before."""
     dims = (query.shape[-1], value.shape[-1])
     return (
-        _has_kernel("gdn_chunk_scan", query)
+        query.device.type in _RULE_DEVICES
         and query.dtype in _DTYPES
         and query.dtype == key.dtype == value.dtype
         and {g.dtype, beta.dtype} <= set(_DTYPES)
@@ -89,7 +95,7 @@ def _delta_rule(function: Callable, previous: Callable) -> Callable:
 
 def _convolves(x: Tensor, weight: Tensor, activation: str | None) -> bool:
     return (
-        _has_kernel("gdn_conv1d", x)
+        x.device.type in _CONV_DEVICES
         and {x.dtype, weight.dtype} <= set(_DTYPES)
         and 2 <= weight.shape[1] <= 4
         and (activation is None or activation in _SILU)
