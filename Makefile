@@ -92,37 +92,44 @@ isa: build
 # linked with them, libstdc++ because they must find __cxa_throw when they start. Python itself
 # leaks by design. Reports go to files: pytest's capture would lose them when the process aborts.
 ASAN_DIR := $(CURDIR)/build/asan
-TSAN_DIR := $(CURDIR)/build/tsan
-runtime = $(shell c++ -print-file-name=$(1))
-# A build in folder $(1), with CMake arguments $(2).
-build_beside = KVCORE_BUILD_DIR=$(1)/cmake \
-  CMAKE_ARGS="$$CMAKE_ARGS -DKVCORE_SIMT=ON -DKVCORE_CUDA=OFF $(2)" \
-  $(PY) setup.py --quiet build --build-base $(1) --build-lib $(1)/lib
-asan_tests = rm -f $(ASAN_DIR)/report.*; PYTHONPATH=$(ASAN_DIR)/lib \
-  ASAN_OPTIONS=detect_leaks=0:log_path=$(ASAN_DIR)/report \
+runtimes = $(foreach l,$(1),$(shell c++ -print-file-name=$(l)))
+with_asan = ASAN_OPTIONS=detect_leaks=0:log_path=$(ASAN_DIR)/report \
   UBSAN_OPTIONS=print_stacktrace=1:log_path=$(ASAN_DIR)/report \
-  LD_PRELOAD="$(foreach l,libasan.so libubsan.so libstdc++.so,$(call runtime,$(l)))" \
-  $(RUN_TESTS) -m $(1) $(PYTEST_ARGS) || { cat $(ASAN_DIR)/report.* 2>/dev/null; exit 1; }
+  LD_PRELOAD="$(call runtimes,libasan.so libubsan.so libstdc++.so)"
 asan: $(INSTALL_STAMP)
-	$(call build_beside,$(ASAN_DIR),-DKVCORE_SANITIZE=ON)
-	@$(call asan_tests,"asan and not simt")
+	KVCORE_BUILD_DIR=$(ASAN_DIR)/cmake CMAKE_ARGS="$$CMAKE_ARGS -DKVCORE_SANITIZE=ON -DKVCORE_CUDA=OFF" \
+	  $(PY) setup.py --quiet build --build-base $(ASAN_DIR) --build-lib $(ASAN_DIR)/lib
+	@rm -f $(ASAN_DIR)/report.*
+	PYTHONPATH=$(ASAN_DIR)/lib $(with_asan) $(RUN_TESTS) -m asan $(PYTEST_ARGS) \
+	  || { cat $(ASAN_DIR)/report.* 2>/dev/null; exit 1; }
 
-# SIMT_SEED draws an order of threads and blocks; without it they run in order.
+# kvcore_simt alone is built again and tested beside the normal build. SIMT_SEED draws an order of
+# threads and blocks; without it they run in order.
 SIMT_SEED ?=
 export KVCORE_SIMT_SEED = $(SIMT_SEED)
-simt: $(INSTALL_STAMP)
-	$(call build_beside,$(ASAN_DIR),-DKVCORE_SANITIZE=ON)
-	@$(call asan_tests,"simt and not slow")
+SIMT_DIR := $(CURDIR)/build/simt
+TSAN_DIR := $(CURDIR)/build/tsan
+# In folder $(1), with CMake arguments $(2).
+build_simt = cmake -S . -B $(1) -G Ninja --log-level=NOTICE $$CMAKE_ARGS $(2) -DKVCORE_SIMT=ON \
+    -DKVCORE_CUDA=OFF -DKVCORE_HOST=OFF -DPython_EXECUTABLE=$(abspath $(PY)) \
+  && cmake --build $(1) --target kvcore_simt -j $(MAX_JOBS)
+simt: build
+	$(call build_simt,$(SIMT_DIR),-DKVCORE_SANITIZE=ON)
+	@mkdir -p $(ASAN_DIR) && rm -f $(ASAN_DIR)/report.*
+	KVCORE_SIMT_LIBRARY=$(SIMT_DIR)/kvcore_simt.so $(with_asan) \
+	  $(RUN_TESTS) -m "simt and not slow" $(PYTEST_ARGS) \
+	  || { cat $(ASAN_DIR)/report.* 2>/dev/null; exit 1; }
 
-# Races are sought in what the kernels' library was compiled from, not in torch.
-simt-tsan: $(INSTALL_STAMP)
-	$(call build_beside,$(TSAN_DIR),-DKVCORE_SIMT_TSAN=ON)
+# Races are sought in what kvcore_simt was compiled from, not in torch.
+simt-tsan: build
+	$(call build_simt,$(TSAN_DIR),-DKVCORE_SIMT_TSAN=ON)
 	@rm -f $(TSAN_DIR)/report.*
-	@PYTHONPATH=$(TSAN_DIR)/lib KVCORE_SIMT_MAX_MACS=1000000 \
+	KVCORE_SIMT_LIBRARY=$(TSAN_DIR)/kvcore_simt.so KVCORE_SIMT_MAX_MACS=1000000 \
 	  TSAN_OPTIONS=ignore_noninstrumented_modules=1:log_path=$(TSAN_DIR)/report \
-	  LD_PRELOAD="$(foreach l,libtsan.so libstdc++.so,$(call runtime,$(l)))" \
+	  LD_PRELOAD="$(call runtimes,libtsan.so libstdc++.so)" \
 	  $(RUN_TESTS) -m "simt and asan" $(PYTEST_ARGS) \
-	  || { cat $(TSAN_DIR)/report.* 2>/dev/null | head -200; exit 1; }
+	  || { head -200 $(TSAN_DIR)/report.* 2>/dev/null; exit 1; }
+	@if ls $(TSAN_DIR)/report.* >/dev/null 2>&1; then head -200 $(TSAN_DIR)/report.*; exit 1; fi
 
 CUDA_ARCHS ?= 80;90a-real;120-real
 CUDA_DIR := $(CURDIR)/build/cuda
