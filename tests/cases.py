@@ -52,7 +52,9 @@ CUDA = Backend("cuda", torch.device("cuda"))
 
 BACKENDS = [pytest.param(CPU, id="cpu")]
 _simt_library = pathlib.Path(kvcore.__file__).parent / "kvcore_simt.so"
-_simt_named = os.environ.get("KVCORE_SIMT_LIBRARY")  # a build beside the package, say a sanitized one
+_simt_named = os.environ.get(
+    "KVCORE_SIMT_LIBRARY"
+)  # a build beside the package, say a sanitized one
 if _simt_named or _simt_library.exists():
     torch.ops.load_library(_simt_named or _simt_library)
     BACKENDS.append(pytest.param(SIMT, id="simt", marks=pytest.mark.simt))

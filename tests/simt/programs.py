@@ -1,4 +1,7 @@
-"""Compiles the shim's test programs; what is unchanged is not compiled again."""
+"""Compiles the shim's test programs; what is unchanged is not compiled again.
+
+python tests/simt/programs.py NAME VARIANT    prints the executable's path
+"""
 
 import fcntl
 import hashlib
@@ -6,6 +9,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 CSRC = ROOT / "csrc"
@@ -64,3 +68,7 @@ def program(name: str, variant: str) -> pathlib.Path:
         _run(CXX, *flags, "-rdynamic", *objects, "-o", partial, "-ldl")
         partial.rename(executable)
     return executable
+
+
+if __name__ == "__main__":
+    print(program(*sys.argv[1:]))
