@@ -40,11 +40,13 @@ WIDTHS = {"8 bit": (8, 8), "4 bit": (4, 4), "K4V2": (4, 2), "2 bit": (2, 2)}
 MAX_ERROR = {"8 bit": 0.03, "4 bit": 0.18, "K4V2": 0.55, "2 bit": 0.85}
 
 
-def _inputs(batch: int, q_len: int, kv_len: int) -> tuple[Tensor, Tensor, Tensor]:
+def _inputs(
+    batch: int, q_len: int, kv_len: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(kv_len + q_len)
 
     def normal(heads: int, tokens: int) -> Tensor:
-        return torch.randn(batch, heads, tokens, HEAD_DIM, generator=generator)
+        return torch.randn(batch, heads, tokens, HEAD_DIM, generator=generator).to(device)
 
     return normal(Q_HEADS, q_len), normal(KV_HEADS, kv_len), normal(KV_HEADS, kv_len)
 
@@ -77,8 +79,8 @@ def _store(k: Tensor, v: Tensor, k_bits: int, v_bits: int):
     return pool, table, tail, tail_scale, clamps, lens, balance, mean
 
 
-def _decode(batch: int, q_len: int, kv_len: int) -> Case:
-    q, k, v = _inputs(batch, q_len, kv_len)
+def _decode(batch: int, q_len: int, kv_len: int, device: torch.device) -> Case:
+    q, k, v = _inputs(batch, q_len, kv_len, device)
     name = f"decode, {kv_len} tokens, batch {batch}, q_len {q_len}"
     case = Case(name, _shape(batch, q_len, kv_len), {})
     dense = peers.sdpa_decode(q, k, v)
@@ -100,8 +102,8 @@ def _decode(batch: int, q_len: int, kv_len: int) -> Case:
     return case
 
 
-def _prefill(tokens: int) -> Case:
-    q, k, v = _inputs(1, tokens, tokens)
+def _prefill(tokens: int, device: torch.device) -> Case:
+    q, k, v = _inputs(1, tokens, tokens, device)
     case = Case(f"causal prefill, {tokens} tokens", _shape(1, tokens, tokens), {}, cold=False)
     dense = peers.sdpa_prefill(q, k, v)
     expected = dense["SDPA fp32"]()
@@ -119,13 +121,13 @@ def _prefill(tokens: int) -> Case:
     return case
 
 
-def _append(kv_len: int) -> Case:
+def _append(kv_len: int, device: torch.device) -> Case:
     """One token's K and V joins the cache of one layer."""
     from transformers import LlamaConfig
 
     from kvcore.cache import TurboCache
 
-    _, k, v = _inputs(1, 1, kv_len)
+    _, k, v = _inputs(1, 1, kv_len, device)
     k, v = k.bfloat16(), v.bfloat16()
     config = LlamaConfig(
         num_hidden_layers=1,
@@ -148,15 +150,15 @@ def _append(kv_len: int) -> Case:
     return case
 
 
-def turbo(quick: bool) -> Iterator[Callable[[], Case]]:
+def turbo(quick: bool, device: torch.device) -> Iterator[Callable[[], Case]]:
     """Cases of the turbo family, each built only when its turn comes."""
-    yield lambda: _decode(1, 1, 4096)
-    yield lambda: _prefill(1024 if quick else 4096)
-    yield lambda: _append(4096 if quick else 32768)
+    yield lambda: _decode(1, 1, 4096, device)
+    yield lambda: _prefill(1024 if quick else 4096, device)
+    yield lambda: _append(4096 if quick else 32768, device)
     if not quick:
-        yield lambda: _decode(1, 1, 32768)
-        yield lambda: _decode(8, 1, 4096)
-        yield lambda: _decode(1, 4, 32768)
+        yield lambda: _decode(1, 1, 32768, device)
+        yield lambda: _decode(8, 1, 4096, device)
+        yield lambda: _decode(1, 4, 32768, device)
 
 
 FAMILIES = {"turbo": turbo}

@@ -36,10 +36,11 @@ def _cpu_name() -> str:
     return f"{field['model name']} (family {field['cpu family']}, model {field['model']})"
 
 
-def describe() -> dict[str, object]:
+def describe(device: torch.device) -> dict[str, object]:
     """Device, versions, commit: what a figure means nothing without."""
+    is_gpu = device.type == "cuda"
     return {
-        "device": _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if is_gpu else _cpu_name(),
         "isa": _C.cpu_isa()["active"],
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
@@ -58,14 +59,14 @@ def slug(description: dict[str, object]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def ceilings(rounds: int) -> dict[str, dict[str, float]]:
+def ceilings(rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
     """Measured limits: memory in GB/s, matrix products in TFLOP/s (int8: TOP/s)."""
-    big = 1 << 28
-    x, y = torch.ones(big // 4), torch.ones(big // 4)
-    n = 2048
-    a32, b32 = torch.randn(n, n), torch.randn(n, n)
+    # Beyond every cache, and enough to fill the device.
+    big, n = (1 << 31, 8192) if device.type == "cuda" else (1 << 28, 2048)
+    x, y = (torch.ones(big // 4, device=device) for _ in range(2))
+    a32, b32 = (torch.randn(n, n, device=device) for _ in range(2))
     a16, b16 = a32.bfloat16(), b32.bfloat16()
-    a8 = torch.randint(-119, 120, (n, n), dtype=torch.int8)
+    a8 = torch.randint(-119, 120, (n, n), dtype=torch.int8, device=device)
     b8 = a8.t().contiguous().t()
     work = {  # name: (function, bytes or operations, unit)
         "read": (lambda: x.sum(), big, "GB/s"),
@@ -75,7 +76,7 @@ def ceilings(rounds: int) -> dict[str, dict[str, float]]:
         "bf16 matmul": (lambda: a16 @ b16, 2 * n**3, "TFLOP/s"),
         "int8 matmul": (lambda: torch._int_mm(a8, b8), 2 * n**3, "TOP/s"),
     }
-    samples = interleave({name: entry[0] for name, entry in work.items()}, rounds)
+    samples = interleave({name: entry[0] for name, entry in work.items()}, rounds, device)
     result = {}
     for name, (_, amount, unit) in work.items():
         # The best round: a ceiling is what the machine can do, not what it usually does.

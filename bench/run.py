@@ -1,6 +1,7 @@
 """Times kvcore against its peers, side by side in one process, and writes JSON.
 
     python bench/run.py [--family turbo] [--quick] [--cases TEXT] [--rounds N] [--out DIR]
+                         [--device cpu|cuda]
 
 Each case is checked against fp32 attention before it is timed. A full run writes
 `results/<device>/<family>.json` beside this file; --quick and --cases write only with --out.
@@ -22,22 +23,22 @@ from cases import FAMILIES
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 
 
-def run_family(name: str, quick: bool, only: str, rounds: int) -> dict:
+def run_family(name: str, quick: bool, only: str, rounds: int, device: torch.device) -> dict:
     """Times every case of a family whose name contains ``only``."""
     result = {
         "family": name,
-        "machine": machine.describe(),
+        "machine": machine.describe(device),
         "rounds": rounds,
-        "ceilings": machine.ceilings(min(rounds, 10)),
+        "ceilings": machine.ceilings(min(rounds, 10), device),
         "cases": [],
     }
-    flush = CacheFlusher()
-    for build in FAMILIES[name](quick):
+    flush = CacheFlusher(device)
+    for build in FAMILIES[name](quick, device):
         case = build()
         if only not in case.name:
             continue
         variants = {n: v.run for n, v in case.variants.items()}
-        samples = interleave(variants, rounds, flush if case.cold else None)
+        samples = interleave(variants, rounds, device, flush if case.cold else None)
         entry = {
             "name": case.name,
             "shape": case.shape,
@@ -69,14 +70,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
     parser.add_argument("--cases", default="", metavar="TEXT", help="only cases that contain TEXT")
     parser.add_argument("--rounds", type=int, help="default 20, quick 5")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=pathlib.Path, help="directory for the JSON files")
     args = parser.parse_args()
     rounds = args.rounds or (5 if args.quick else 20)
     if rounds < 1:
         parser.error(f"--rounds must be at least 1, got {rounds}")
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device is cuda, but torch finds no GPU")
     torch.set_grad_enabled(False)
     for family in FAMILIES if args.family == "all" else [args.family]:
-        result = run_family(family, args.quick, args.cases, rounds)
+        result = run_family(family, args.quick, args.cases, rounds, device)
         out = args.out
         if out is None and not args.quick and not args.cases:
             out = RESULTS / machine.slug(result["machine"])

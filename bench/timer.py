@@ -15,16 +15,36 @@ FLUSH_BYTES = 1 << 30  # several times the last-level cache of any machine this 
 class CacheFlusher:
     """Evicts everything from the caches by writing to a buffer larger than any of them."""
 
-    def __init__(self, num_bytes: int = FLUSH_BYTES):
-        self._buffer = torch.zeros(num_bytes // 4, dtype=torch.float32)
+    def __init__(self, device: torch.device, num_bytes: int = FLUSH_BYTES):
+        self._buffer = torch.zeros(num_bytes // 4, dtype=torch.float32, device=device)
 
     def __call__(self) -> None:
         self._buffer.add_(1)
 
 
+def _time_on_cpu(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    result = run()
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
+def _time_on_gpu(run: Callable[[], object]) -> float:
+    """Between two events of the stream: a flush before it hides the time that launches take."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    result = run()
+    end.record()
+    end.synchronize()
+    del result
+    return start.elapsed_time(end) * 1e-3
+
+
 def interleave(
     variants: dict[str, Callable[[], object]],
     rounds: int,
+    device: torch.device,
     flush: Callable[[], None] | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
@@ -39,15 +59,13 @@ def interleave(
         variants[name]()
     gc_was_enabled = gc.isenabled()
     gc.disable()
+    time_once = _time_on_gpu if device.type == "cuda" else _time_on_cpu
     try:
         for i in range(rounds):
             for name in _rotate(names, i):
                 if flush is not None:
                     flush()
-                start = time.perf_counter()
-                result = variants[name]()
-                samples[name].append(time.perf_counter() - start)
-                del result
+                samples[name].append(time_once(variants[name]))
             progress()
     finally:
         if gc_was_enabled:

@@ -4,6 +4,7 @@ import pathlib
 import sys
 
 import pytest
+import torch
 
 BENCH = pathlib.Path(__file__).resolve().parent.parent / "bench"
 
@@ -25,7 +26,7 @@ def test_rounds_interleave_and_rotate(bench):
 
     calls, flushes = [], []
     variants = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-    samples = interleave(variants, 3, flush=lambda: flushes.append(None))
+    samples = interleave(variants, 3, torch.device("cpu"), flush=lambda: flushes.append(None))
     assert calls == list("abc") + list("abc") + list("bca") + list("cab")  # warm-up first
     assert len(flushes) == 9
     assert all(len(s) == 3 and min(s) >= 0 for s in samples.values())
@@ -74,7 +75,7 @@ def test_every_case_passes_its_check_and_runs(bench):
     """The smallest of the real cases, built and run once."""
     import cases
 
-    case = cases._decode(1, 2, 200)
+    case = cases._decode(1, 2, 200, torch.device("cpu"))
     assert {"SDPA bf16, grouped view", "kvcore 4 bit", "kvcore 8 bit"} <= set(case.variants)
     for variant in case.variants.values():
         variant.run()

@@ -115,6 +115,19 @@ def test_cuda_library_beside_a_cpu_torch_is_skipped_with_a_reason(elsewhere, mon
     assert "build without CUDA" in _native.status()["kvcore_cuda"].reason
 
 
+def test_cuda_library_that_does_not_load_says_why(elsewhere, monkeypatch):
+    shutil.copy(pathlib.Path(kvcore.__file__).parent / "kvcore_cpu.so", elsewhere)
+    (elsewhere / "kvcore_cuda.so").write_bytes(b"not a library")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    load = torch.ops.load_library
+    cuda_only = lambda path: load(path) if path.name == "kvcore_cuda.so" else None  # noqa: E731
+    monkeypatch.setattr(torch.ops, "load_library", cuda_only)
+    _native.load()
+    status = _native.status()["kvcore_cuda"]
+    assert not status.loaded
+    assert re.match(r"built, but does not load: .*kvcore_cuda\.so: ", status.reason)
+
+
 # ---- symbols
 
 

@@ -119,7 +119,7 @@ def _environment(**changes):
     env = {
         "libraries": [{"name": name, **loaded} for name in ("kvcore_cpu", "kvcore_cuda", "_C")],
         "torch_cuda": "13.0",
-        "gpus": [{"name": "GPU"}],
+        "gpus": [{"name": "GPU", "arch": "sm_86"}],
         "transformers": "5.23.0",
         "cpu_isa": {
             "built": ["scalar", "avx2"],
@@ -153,6 +153,24 @@ def _not_loaded(name, reason):
             "CUDA kernels",
             "not built",
             "install a CUDA build of torch",
+        ),
+        (
+            {"libraries": _not_loaded("kvcore_cuda", "a build without CUDA"), "torch_cuda": None},
+            "CUDA tensors are refused",
+            "a build without CUDA",
+            "install a CUDA build of torch",
+        ),
+        (
+            {"libraries": _not_loaded("kvcore_cuda", "built, but does not load: libx.so.1")},
+            "CUDA tensors are refused",
+            "libx.so.1",
+            "install what the loader misses, or rebuild",
+        ),
+        (
+            {"build": {"cuda_archs": ["90a-real", "120-real"]}},
+            "CUDA tensors are refused",
+            "built for 90a-real 120-real, which does not run on sm_86",
+            "-DKVCORE_CUDA_ARCHS=86",
         ),
         ({"gpus": []}, "CUDA kernels", "torch finds no GPU", "nvidia-smi"),
         (
@@ -191,6 +209,25 @@ def test_fallback_says_why_and_what_to_do(changes, what, reason, remedy):
 
 def test_no_fallback_where_all_is_used():
     assert environment.fallbacks(_environment()) == []
+    assert environment.fallbacks(_environment(build={"cuda_archs": ["80"]})) == []
+
+
+@pytest.mark.parametrize(
+    ("archs", "gpu", "expected"),
+    [
+        (["80"], "sm_75", False),
+        (["80"], "sm_80", True),
+        (["80"], "sm_90", True),  # through PTX
+        (["80-real"], "sm_86", True),
+        (["80-real"], "sm_90", False),
+        (["86-real"], "sm_80", False),
+        (["90a-real"], "sm_90", True),
+        (["90a"], "sm_100", False),
+        (["80", "90a-real", "120-real"], "sm_120", True),
+    ],
+)
+def test_which_gpus_a_build_runs_on(archs, gpu, expected):
+    assert environment._runs_on(archs, gpu) is expected
 
 
 # ---- the probe

@@ -83,8 +83,7 @@ def test_without_python_there_is_still_a_result(tools, tmp_path):
 
 def test_the_wrappers_are_compared(tools, tmp_path):
     # The GPU's side is the shim's program: all is equal until one line is made to differ.
-    copy = 'while [ "$1" != -o ]; do shift; done; cp "$PROGRAM" "$2"'
-    tools("nvcc", f'[ "$1" = --version ] && exit\n{copy}')
+    tools("nvcc", '[ "$1" = --version ] || cp "$PROGRAM" "${@: -1}"')  # -o comes last
     gpu = with_gpu(tools, '  *kvcore_cuda*) echo "loaded" ;;')
     program = subprocess.run(
         [sys.executable, ROOT / "tests" / "simt" / "programs.py", "wrappers", "plain"],
@@ -110,7 +109,9 @@ def test_failing_tests_are_named(tools, tmp_path):
     xml += '<testcase classname="a" name="good"/><testcase classname="a" name="bad"><failure/>'
     xml += "</testcase></testsuite></testsuites>"
     write = 'for a; do case $a in --junitxml=*) f=${a#--junitxml=};; esac; done; echo "$XML" > "$f"'
-    gpu = with_gpu(tools, f"  *kvcore_cuda*) ;;\n  *import*) ;;\n  *pytest*) {write}; exit 1 ;;")
+    gpu = with_gpu(
+        tools, f"  *kvcore_cuda*) ;;\n  *import*) ;;\n  *-m\\ pytest*) {write}; exit 1 ;;"
+    )
     result, found = check(tools, tmp_path / "out", "tests", XML=xml, **gpu)
     assert result.returncode == 1
     assert results(found) == {"build": "ok", "tests": "failed"}
@@ -119,7 +120,7 @@ def test_failing_tests_are_named(tools, tmp_path):
 
 
 def test_sanitizer_errors_fail(tools, tmp_path):
-    tools("nvcc", 'while [ "$1" != -o ]; do shift; done; cp /bin/true "$2"')
+    tools("nvcc", '[ "$1" = --version ] || cp /bin/true "${@: -1}"')
     tools("compute-sanitizer", '[ "$1" != --tool=racecheck ] || { echo "a race"; exit 9; }')
     gpu = with_gpu(tools, "  *kvcore_cuda*) ;;\n  *import*) ;;")
     result, found = check(tools, tmp_path / "out", "sanitizer", **gpu)

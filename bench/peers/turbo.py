@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _bottom_right(q_len: int, kv_len: int) -> Tensor:
-    return torch.ones(q_len, kv_len, dtype=torch.bool).tril(kv_len - q_len)
+def _bottom_right(q_len: int, kv_len: int, device: torch.device) -> Tensor:
+    return torch.ones(q_len, kv_len, dtype=torch.bool, device=device).tril(kv_len - q_len)
 
 
 def sdpa_decode(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -21,7 +21,7 @@ def sdpa_decode(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tenso
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1:3]
     group = q_heads // kv_heads
-    mask = None if q_len == 1 else _bottom_right(q_len, kv_len)
+    mask = None if q_len == 1 else _bottom_right(q_len, kv_len, q.device)
     # The query heads of a group become rows of one head, so K and V are read once per group.
     viewed_mask = None if mask is None else mask.repeat(group, 1)
     variants = {}

@@ -1,22 +1,21 @@
 #include "simt/scheduler.h"
 
-#include <cxxabi.h>
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <random>
 #include <sstream>
 #include <stdexcept>
 #include <vector>
 
 #include "simt/fiber.h"
+#include "simt/launch_check.h"
+#include "simt/queue.h"
 #include "simt/sanitizer.h"
+#include "simt/shared_memory.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -24,25 +23,7 @@ dim3 blockDim, gridDim;
 namespace kvcore::simt {
 namespace {
 
-constexpr unsigned kMaxThreads = 1024;  // of a block
 constexpr const char* kBarrier = "__syncthreads";
-
-// What runs on a fiber must neither allocate nor call memmove: ThreadSanitizer sees those even in
-// sources that it does not instrument, and would take them for races between CUDA threads.
-template <class T, size_t kCapacity>
-class Queue {
- public:
-  size_t size() const { return end_ - begin_; }
-  bool full() const { return size() == kCapacity; }
-  T& operator[](size_t i) { return items_[(begin_ + i) % kCapacity]; }
-  void push(const T& item) { items_[end_++ % kCapacity] = item; }
-  T pop() { return items_[begin_++ % kCapacity]; }
-  void clear() { begin_ = end_ = 0; }
-
- private:
-  size_t begin_ = 0, end_ = 0;
-  T items_[kCapacity];
-};
 
 // Lanes of a warp that wait for the others of their mask.
 struct Meeting {
@@ -53,8 +34,7 @@ struct Meeting {
 };
 
 struct Warp {
-  unsigned present = 0;  // lanes that exist
-  unsigned alive = 0;    // lanes that have not returned
+  unsigned alive = 0;  // lanes that have not returned
   // Disjoint masks can be under way at once.
   Meeting meetings[kWarp];
 };
@@ -110,25 +90,6 @@ Warp& Thread::warp() const { return launch.warps[linear / kWarp]; }
 std::string format(const std::source_location& where) {
   const std::string file = where.file_name();
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line());
-}
-
-template <class T>
-std::string format(const T& v) {
-  std::ostringstream out;
-  out << '(' << v.x << ", " << v.y << ", " << v.z << ')';
-  return out.str();
-}
-
-std::string kernel_name(const void* kernel) {
-  Dl_info info;
-  if (dladdr(kernel, &info) == 0 || info.dli_sname == nullptr || info.dli_saddr != kernel) {
-    return "a kernel";
-  }
-  int status = 0;
-  char* demangled = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status);
-  const std::string name = status == 0 ? demangled : info.dli_sname;
-  std::free(demangled);
-  return name;
 }
 
 bool same_place(const std::source_location& a, const std::source_location& b) {
@@ -223,78 +184,10 @@ void thread_main() {
   __builtin_trap();  // a retired thread is never continued
 }
 
-// ---- Shared memory
-
-constexpr size_t kGuardBytes = 1024;
+// ---- Blocks
 
 // The pattern is a NaN or a large number: a result that depends on it differs between seeds.
 unsigned char poison() { return launch.shuffled && launch.random() % 2 == 0 ? 0x7f : 0xff; }
-
-// Poisoned, with guards of a known pattern on both sides.
-class SharedMemory {
- public:
-  explicit SharedMemory(size_t bytes) : bytes_(bytes) {
-    // Aligned as dynamic_smem() promises.
-    all_ = static_cast<unsigned char*>(std::aligned_alloc(1024, allocated()));
-    if (all_ == nullptr) throw std::bad_alloc();
-    std::memset(all_, kGuard, allocated());
-    std::memset(data(), poison(), bytes);
-#if KVCORE_SIMT_ASAN
-    __asan_poison_memory_region(all_, allocated());
-    __asan_unpoison_memory_region(data(), bytes);
-#endif
-  }
-  ~SharedMemory() {
-#if KVCORE_SIMT_ASAN
-    __asan_unpoison_memory_region(all_, allocated());
-#endif
-    std::free(all_);
-  }
-  SharedMemory(const SharedMemory&) = delete;
-  SharedMemory& operator=(const SharedMemory&) = delete;
-
-  unsigned char* data() const { return all_ + kGuardBytes; }
-
-  // Empty if the guards are as they were.
-  std::string damage() const {
-    for (size_t i = 0; i < allocated(); ++i) {
-      if (i == kGuardBytes) i += bytes_;
-      if (i >= allocated() || all_[i] == kGuard) continue;
-      const int64_t offset = static_cast<int64_t>(i) - static_cast<int64_t>(kGuardBytes);
-      return "wrote outside its " + std::to_string(bytes_) + " bytes of shared memory, at offset " +
-             std::to_string(offset);
-    }
-    return "";
-  }
-
- private:
-  static constexpr unsigned char kGuard = 0xa5;
-  size_t allocated() const { return (bytes_ + 2 * kGuardBytes + 1023) / 1024 * 1024; }
-  unsigned char* all_;
-  size_t bytes_;
-};
-
-// ---- Blocks
-
-void check_launch(const std::string& kernel, dim3 grid, dim3 block, size_t smem_bytes) {
-  const auto reject = [&](const std::string& what, const std::string& limit,
-                          const std::string& value) {
-    throw std::runtime_error(kernel + ": " + what + " must be " + limit + ", got " + value);
-  };
-  const bool grid_fits = grid.x >= 1 && grid.x <= 0x7fffffff && grid.y >= 1 && grid.y <= 65535 &&
-                         grid.z >= 1 && grid.z <= 65535;
-  if (!grid_fits) reject("grid", "from 1 to (2147483647, 65535, 65535)", format(grid));
-  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
-  if (threads < 1 || threads > kMaxThreads || block.z > 64) {
-    reject("block", "1 to 1024 threads, at most 64 in z", format(block));
-  }
-  const size_t limit = static_cast<size_t>(device_model().max_smem_bytes);
-  if (smem_bytes > limit) {
-    reject("dynamic shared memory",
-           "at most " + std::to_string(limit) + " bytes on " + device_model().name,
-           std::to_string(smem_bytes));
-  }
-}
 
 // Where everyone is stuck, one line for each place.
 std::string describe_deadlock() {
@@ -338,7 +231,7 @@ void start_threads(dim3 block) {
   for (size_t w = 0; w < launch.warps.size(); ++w) {
     const unsigned lanes = std::min<unsigned>(kWarp, launch.num_threads - w * kWarp);
     const unsigned mask = lanes == kWarp ? kFullMask : (1u << lanes) - 1;
-    launch.warps[w].present = launch.warps[w].alive = mask;
+    launch.warps[w].alive = mask;
   }
   launch.alive = launch.num_threads;
   launch.barrier_arrived = 0;
@@ -413,7 +306,7 @@ void run(const Work& work, dim3 grid, dim3 block, size_t smem_bytes) {
     blockIdx = {static_cast<unsigned>(linear % grid.x),
                 static_cast<unsigned>(linear / grid.x % grid.y),
                 static_cast<unsigned>(linear / (uint64_t{grid.x} * grid.y))};
-    auto smem = std::make_unique<SharedMemory>(smem_bytes);
+    auto smem = std::make_unique<SharedMemory>(smem_bytes, poison());
     run_block(block, *smem, smem_bytes);
 #if KVCORE_SIMT_TSAN
     used.push_back(std::move(smem));
@@ -540,21 +433,6 @@ void wait_copies(int pending, void (*land)(const PendingCopy& copy)) {
   while (self.groups.size() > static_cast<size_t>(pending)) {
     for (unsigned left = self.groups.pop(); left > 0; --left) land(self.copies.pop());
   }
-}
-
-const DeviceModel& device_model() {
-  // The smallest first: it is the default, so what runs there runs everywhere.
-  static constexpr DeviceModel kModels[] = {{"sm_120", 120, 170, 99 * 1024},
-                                            {"sm_80", 80, 108, 163 * 1024},
-                                            {"sm_90", 90, 132, 227 * 1024}};
-  const char* wanted = std::getenv("KVCORE_SIMT_DEVICE");
-  if (wanted == nullptr || *wanted == '\0') return kModels[0];
-  for (const DeviceModel& model : kModels) {
-    if (std::strcmp(model.name, wanted) == 0) return model;
-  }
-  throw std::runtime_error(std::string("KVCORE_SIMT_DEVICE must be one of sm_120, sm_80, sm_90, "
-                                       "got ") +
-                           wanted);
 }
 
 }  // namespace kvcore::simt

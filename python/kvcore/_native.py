@@ -76,7 +76,9 @@ def load() -> None:
             torch.ops.load_library(cuda)
             _libraries["kvcore_cuda"] = Library(cuda, True)
         except OSError as error:
-            _libraries["kvcore_cuda"] = Library(cuda, False, str(error))
+            # torch's own message is the path; the loader's says what it did not find.
+            reason = f"built, but does not load: {error.__cause__ or error}"
+            _libraries["kvcore_cuda"] = Library(cuda, False, reason)
 
     host = importlib.util.find_spec("kvcore._C")
     if host is None or host.origin is None:

@@ -44,6 +44,7 @@ def program(name: str, variant: str) -> pathlib.Path:
     # Kernels report errors through a word of the library's.
     kernels = [CSRC / "core" / "cuda" / "error_flags.cu", source]
     inputs = [*kernels, *runtime, *sorted(CSRC.glob("simt/*.h"))]
+    inputs += sorted(source.parent.glob("*.h"))
     inputs += sorted(CSRC.glob("core/**/*"))
     digest = hashlib.sha256(repr([CXX, _FLAGS, flags]).encode())
     for path in inputs:

@@ -80,6 +80,51 @@ def collect() -> dict[str, Any]:
     }
 
 
+def _runs_on(archs: list[str], gpu: str) -> bool:
+    """Whether code for one of `archs` (CMake's syntax) runs on a GPU such as ``sm_90``.
+
+    Machine code runs on the same major version from its minor one on, that for ``90a`` on 9.0
+    alone; what has no ``-real`` carries PTX too, which the driver compiles for later GPUs.
+    """
+    version = int(gpu.removeprefix("sm_"))
+    for arch in archs:
+        number, _, kind = arch.partition("-")
+        if number.endswith("a"):
+            if version == int(number[:-1]):
+                return True
+            continue
+        built = int(number)
+        if version >= built and (kind != "real" or version // 10 == built // 10):
+            return True
+    return False
+
+
+def _cuda_fallback(env: dict[str, Any], library: dict[str, Any]) -> tuple[str, str, str] | None:
+    """Why CUDA kernels are not used: what, reason and remedy; None if they are."""
+    what = "CUDA kernels: CUDA tensors are refused"
+    if not library["loaded"]:
+        is_built = library["reason"] != "not built"
+        if env["torch_cuda"] is None:
+            # The library needs nothing of torch at build time: any torch with CUDA can load it.
+            then = "" if is_built else ", then rebuild kvcore"
+            remedy = f"install a CUDA build of torch{then}"
+        elif is_built:
+            remedy = f"install what the loader misses, or rebuild: {_native.INSTALL}"
+        else:
+            remedy = "rebuild with nvcc on the PATH and KVCORE_CUDA=ON"
+        return what, library["reason"], remedy
+    if not env["gpus"]:
+        return "CUDA kernels", "torch finds no GPU", "check the driver with nvidia-smi"
+    archs = (env.get("build") or {}).get("cuda_archs")
+    left_out = {gpu["arch"] for gpu in env["gpus"] if archs and not _runs_on(archs, gpu["arch"])}
+    if left_out:
+        names = ", ".join(sorted(left_out))
+        reason = f"built for {' '.join(archs)}, which does not run on {names}"
+        number = min(left_out).removeprefix("sm_")
+        return what, reason, f"rebuild with CMAKE_ARGS=-DKVCORE_CUDA_ARCHS={number}"
+    return None
+
+
 def fallbacks(env: dict[str, Any]) -> list[dict[str, str]]:
     """Each thing that is not used here, with its reason and what to do about it."""
     found = []
@@ -89,13 +134,8 @@ def fallbacks(env: dict[str, Any]) -> list[dict[str, str]]:
 
     libraries = {library["name"]: library for library in env["libraries"]}
     cuda = libraries.get("kvcore_cuda")
-    if cuda is not None and not cuda["loaded"]:
-        remedy = "rebuild with nvcc on the PATH and KVCORE_CUDA=ON"
-        if env["torch_cuda"] is None:
-            remedy = "install a CUDA build of torch, then rebuild kvcore"
-        add("CUDA kernels: CUDA tensors are refused", cuda["reason"], remedy)
-    elif cuda is not None and not env["gpus"]:
-        add("CUDA kernels", "torch finds no GPU", "check the driver with nvidia-smi")
+    if cuda is not None and (missing := _cuda_fallback(env, cuda)):
+        add(*missing)
 
     host = libraries.get("_C")
     if host is not None and not host["loaded"]:
