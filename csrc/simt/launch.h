@@ -13,7 +13,7 @@ template <class... P>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes,
             const std::remove_reference_t<P>&... args) {
   static_assert((std::is_trivially_copyable_v<P> && ...), "kernels take plain values");
-  static_assert((sizeof(P) + ... + size_t{0}) <= 4096, "kernel parameters end at 4 KB");
+  static_assert((sizeof(P) + ... + size_t{0}) <= 32764, "kernel parameters end at 32,764 bytes");
   struct Call {
     void (*kernel)(P...);
     std::tuple<P...> args;

@@ -1,0 +1,7 @@
+#include "turbo/cuda/append_launch.cuh"
+
+namespace kvcore::turbo {
+
+template void launch_append<float>(const AppendParams&);
+
+}  // namespace kvcore::turbo
