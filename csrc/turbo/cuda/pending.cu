@@ -14,11 +14,6 @@ namespace {
 }  // namespace
 
 [[gnu::weak]] void attention(const AttentionParams&) { refuse("turbo_attention"); }
-[[gnu::weak]] void calibrate(const CalibrateParams&) { refuse("turbo_calibrate"); }
-[[gnu::weak]] void head_priority(const HeadPriorityParams&) { refuse("turbo_head_priority"); }
-[[gnu::weak]] void append(const AppendParams&) { refuse("turbo_append"); }
-[[gnu::weak]] void rewind(const RewindParams&) { refuse("turbo_rewind"); }
-[[gnu::weak]] void dequantize(const DequantizeParams&) { refuse("turbo_dequantize"); }
 [[gnu::weak]] void decode(const DecodeParams&) { refuse("turbo_decode"); }
 
 }  // namespace kvcore::turbo::backend

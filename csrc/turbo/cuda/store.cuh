@@ -36,7 +36,7 @@ template <int kSlabs>
 DeviceStore<kSlabs> device_store(const Store& s) {
   const auto check_aligned = [](const uint8_t* data, const std::string& name) {
     if (reinterpret_cast<uintptr_t>(data) % 16 == 0) return;
-    throw std::runtime_error(name + " must begin at a multiple of 16 bytes, got an address that " +
+    throw std::runtime_error(name + " must begin at a multiple of 16 bytes, got an address " +
                              std::to_string(reinterpret_cast<uintptr_t>(data) % 16) +
                              " bytes past one");
   };
