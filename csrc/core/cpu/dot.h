@@ -19,6 +19,11 @@ struct SignedBytes {
 inline SignedBytes prepare_signed(Bytes x) {
   return {_mm512_xor_si512(x, _mm512_set1_epi8(static_cast<char>(0x80)))};
 }
+/// prepare_signed in two steps: offset_signed(x + signed_offset(y)) is prepare_signed(x + y).
+inline Bytes signed_offset(Bytes y) {
+  return _mm512_xor_si512(y, _mm512_set1_epi8(static_cast<char>(0x80)));
+}
+inline SignedBytes offset_signed(Bytes x) { return {x}; }
 /// dot_ss adds kSignedExcess * (sum of b's bytes) too much.
 constexpr int kSignedExcess = 128;
 inline I32 dot_ss(I32 acc, SignedBytes a, Bytes b) {
@@ -37,6 +42,8 @@ struct SignedBytes {
   __mmask64 negative;
 };
 inline SignedBytes prepare_signed(Bytes x) { return {_mm512_abs_epi8(x), _mm512_movepi8_mask(x)}; }
+inline Bytes signed_offset(Bytes y) { return y; }
+inline SignedBytes offset_signed(Bytes x) { return prepare_signed(x); }
 constexpr int kSignedExcess = 0;
 inline I32 dot_ss(I32 acc, SignedBytes a, Bytes b) {
   const Bytes flipped = _mm512_mask_sub_epi8(b, a.negative, _mm512_setzero_si512(), b);
@@ -54,6 +61,8 @@ struct SignedBytes {
   Bytes magnitude, value;
 };
 inline SignedBytes prepare_signed(Bytes x) { return {_mm256_abs_epi8(x), x}; }
+inline Bytes signed_offset(Bytes y) { return y; }
+inline SignedBytes offset_signed(Bytes x) { return prepare_signed(x); }
 constexpr int kSignedExcess = 0;
 inline I32 dot_ss(I32 acc, SignedBytes a, Bytes b) {
   return dot_us(acc, a.magnitude, _mm256_sign_epi8(b, a.value));
@@ -74,6 +83,8 @@ struct SignedBytes {
   Bytes value;
 };
 inline SignedBytes prepare_signed(Bytes x) { return {x}; }
+inline Bytes signed_offset(Bytes y) { return y; }
+inline SignedBytes offset_signed(Bytes x) { return prepare_signed(x); }
 constexpr int kSignedExcess = 0;
 inline I32 dot_ss(I32 acc, SignedBytes x, Bytes y) {
   const I32 a = (I32)x.value, b = (I32)y;

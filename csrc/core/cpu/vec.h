@@ -24,6 +24,9 @@
 
 namespace kvcore::KVCORE_ISA {
 
+/// Added to a float |x| < 2^22 it leaves the nearest even integer in the low bits.
+constexpr float kBias = 0x1.8p23f;
+
 #if defined(KVCORE_VEC_512)
 
 constexpr int kLanes = 16;
@@ -63,7 +66,10 @@ inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
 inline F32 abs(F32 x) { return _mm512_abs_ps(x); }
 inline F32 round_even(F32 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT); }
-inline F32 ceil(F32 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_POS_INF); }
+/// 1.5 * 2^23 + ceil(x), |x| < 2^22.
+inline F32 ceil_biased(F32 x) {
+  return _mm512_add_round_ps(x, _mm512_set1_ps(kBias), _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+}
 /// x * 2^n for an integral n; the product must be normal or zero.
 inline F32 scale_pow2(F32 x, F32 n) { return _mm512_scalef_ps(x, n); }
 inline float reduce_max(F32 x) { return _mm512_reduce_max_ps(x); }
@@ -79,6 +85,7 @@ inline I32 splat_i32(int32_t x) { return (I32)_mm512_set1_epi32(x); }
 inline I32 load_i32(const int32_t* p) { return (I32)_mm512_loadu_si512(p); }
 inline void store_i32(int32_t* p, I32 x) { _mm512_storeu_si512(p, (__m512i)x); }
 inline I32 add_i32(I32 a, I32 b) { return a + b; }
+inline I32 max_i32(I32 a, I32 b) { return (I32)_mm512_max_epi32((__m512i)a, (__m512i)b); }
 inline int32_t reduce_add_i32(I32 x) { return _mm512_reduce_add_epi32((__m512i)x); }
 inline I32 iota() {
   return (I32)_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -171,7 +178,11 @@ inline F32 abs(F32 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 inline F32 round_even(F32 x) {
   return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-inline F32 ceil(F32 x) { return _mm256_round_ps(x, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC); }
+/// 1.5 * 2^23 + ceil(x), |x| < 2^22.
+inline F32 ceil_biased(F32 x) {
+  const F32 up = _mm256_round_ps(x, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+  return _mm256_add_ps(up, _mm256_set1_ps(kBias));
+}
 /// x * 2^n for an integral n; x in [2^-1, 2^1) and the product normal.
 inline F32 scale_pow2(F32 x, F32 n) {
   const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
@@ -204,6 +215,7 @@ inline void store_i32(int32_t* p, I32 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)x);
 }
 inline I32 add_i32(I32 a, I32 b) { return a + b; }
+inline I32 max_i32(I32 a, I32 b) { return (I32)_mm256_max_epi32((__m256i)a, (__m256i)b); }
 inline int32_t reduce_add_i32(I32 x) {
   __m128i y =
       _mm_add_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
@@ -290,13 +302,13 @@ inline F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
 /// The second operand where either is NaN.
 inline F32 max(F32 a, F32 b) { return a > b ? a : b; }
 inline F32 abs(F32 x) { return (F32)((I32)x & 0x7fffffff); }
-/// Adding and taking away 1.5 * 2^23 leaves the nearest even integer, for |x| < 2^22.
-inline F32 round_even(F32 x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
-inline F32 ceil(F32 x) {
-  const F32 nearest = round_even(x);
-  return nearest < x ? nearest + 1.0f : nearest;
+inline F32 round_even(F32 x) { return (x + kBias) - kBias; }
+/// 1.5 * 2^23 + ceil(x), |x| < 2^22.
+inline F32 ceil_biased(F32 x) {
+  const F32 nearest = x + kBias;
+  return nearest - kBias < x ? nearest + 1.0f : nearest;
 }
-inline I32 to_i32(F32 x) { return (I32)(x + 0x1.8p23f) - 0x4b400000; }
+inline I32 to_i32(F32 x) { return (I32)(x + kBias) - 0x4b400000; }
 inline F32 to_f32(I32 x) { return __builtin_convertvector(x, F32); }
 /// x * 2^n for an integral n; x in [2^-1, 2^1) and the product normal.
 inline F32 scale_pow2(F32 x, F32 n) { return (F32)((I32)x + (to_i32(n) << 23)); }
@@ -316,6 +328,7 @@ inline I32 splat_i32(int32_t x) { return I32{x, x, x, x}; }
 inline I32 load_i32(const int32_t* p) { return I32{p[0], p[1], p[2], p[3]}; }
 inline void store_i32(int32_t* p, I32 x) { memcpy(p, &x, sizeof x); }
 inline I32 add_i32(I32 a, I32 b) { return a + b; }
+inline I32 max_i32(I32 a, I32 b) { return a > b ? a : b; }
 inline int32_t reduce_add_i32(I32 x) { return x[0] + x[1] + x[2] + x[3]; }
 inline I32 iota() { return I32{0, 1, 2, 3}; }
 /// The low byte of each lane, in order.
@@ -370,6 +383,10 @@ inline void unroll(const F& f) {
 }
 
 inline Bytes to_bytes(I32 x) { return (Bytes)x; }
+/// The larger of floats >= 0, NaN above all: on many CPUs integers have more units for it.
+inline F32 max_nonnegative(F32 a, F32 b) { return (F32)max_i32((I32)a, (I32)b); }
+/// x * 2^n for n = n_biased - kBias; x in [2^-1, 2^1) and the product normal.
+inline F32 scale_pow2_biased(F32 x, F32 n_biased) { return (F32)((I32)x + ((I32)n_biased << 23)); }
 
 /// e^x for x <= 0, relative error below 2e-7; 0 below -87, where e^x is next to subnormal, so -inf
 /// gives 0. NaN stays NaN.

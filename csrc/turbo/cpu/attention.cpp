@@ -127,7 +127,7 @@ void attention(const AttentionParams& p) {
               .k_bits = 8,
               .v_bits = 8,
               .first_key = page * kPageTokens},
-             p.softmax);
+             nullptr, p.softmax);
     }
     store(tile, source, output);
   });

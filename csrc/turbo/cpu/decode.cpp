@@ -119,13 +119,21 @@ void decode(const DecodeParams& p) {
     }
     RowTile& tile = tiles[worker];
     load(source, p.softmax, tile);
-    for (int64_t page = pages.begin; page < pages.end; ++page) {
+    const auto blocks_of = [&](int64_t page) {
       Page blocks = {
           .k = nullptr, .v = nullptr, .k_bits = 8, .v_bits = 8, .first_key = page * kPageTokens};
       blocks.k = find_block(store, source.batch_idx, 0, source.kv_head, page, source.kv_len,
                             &blocks.k_bits);
       blocks.v = find_block(store, source.batch_idx, 1, source.kv_head, page, source.kv_len,
                             &blocks.v_bits);
+      return blocks;
+    };
+    Page next = {};
+    if (pages.begin < pages.end) next = blocks_of(pages.begin);
+    for (int64_t page = pages.begin; page < pages.end; ++page) {
+      Page blocks = next;
+      const bool is_last = page + 1 == pages.end;
+      if (!is_last) next = blocks_of(page + 1);
       if (tile.num_rows > kFewRows) {
         uint8_t* const k8 = &widened[worker * 2 * block8];
         uint8_t* const v8 = k8 + block8;
@@ -135,7 +143,7 @@ void decode(const DecodeParams& p) {
         if (blocks.v_bits != 8) blocks.v = v8;
         blocks.k_bits = blocks.v_bits = 8;
       }
-      attend(tile, blocks, p.softmax);
+      attend(tile, blocks, is_last ? nullptr : &next, p.softmax);
     }
     if (work.num_splits > 1) {
       save(tile, &partials[task * part_rows], &partial_o[task * part_rows * store.head_dim]);

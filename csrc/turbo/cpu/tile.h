@@ -11,7 +11,7 @@ namespace kvcore::turbo {
 
 // Rows of a tile. K and V of a page (16 KiB at head_dim 128) are read once per tile, so a tile
 // should be large; its accumulator (48 KiB) should stay in L2. A multiple of the rows that the
-// kernels hold in registers: 6 with AVX-512, 4 and 2 below.
+// kernels hold in registers: 8 with AVX-512, 4 and 2 below.
 constexpr int kTileRows = 96;
 constexpr int kMaxLanes = 16;
 
@@ -20,7 +20,7 @@ struct alignas(64) RowTile {
   int8_t q8[kTileRows * kMaxHeadDim];  // codes of q * balance
   float o[kTileRows * kMaxHeadDim];    // sum of exp(S - m) * V
   float l[kTileRows * kMaxLanes];      // partial sums of exp(S - m), one per vector lane
-  float m[kTileRows];                  // running maximum, -inf before the first key
+  float m[kTileRows + kMaxLanes];      // running maximum, -inf before the first key; read past it
   float q_scale[kTileRows];            // s_Q * softmax scale; 0 for a query that is not finite
   float q_mean[kTileRows];             // scale * sum_c q[c] * mean[c], the term of lse
   int32_t q_excess[kTileRows];         // what dot_ss adds to S8 too much, negated
@@ -91,8 +91,8 @@ KVCORE_ISA_DECLARE(
 /// Reads, balances and quantizes the rows of `source` and resets their state.
 void load_tile(const TileSource& source, const Softmax& softmax, RowTile& tile);
 
-/// Adds one page to every row that sees it.
-void attend_page(RowTile& tile, const Page& page, const Softmax& softmax);
+/// Adds one page to every row that sees it, and fetches the one that comes next; `next` may be null.
+void attend_page(RowTile& tile, const Page& page, const Page* next, const Softmax& softmax);
 
 /// Rebuilds a 4- or 2-bit block as an 8-bit one.
 void widen_block(const uint8_t* block, int kv, int bits, int head_dim, uint8_t* block8);

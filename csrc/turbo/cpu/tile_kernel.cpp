@@ -8,14 +8,10 @@
 namespace kvcore::turbo::KVCORE_ISA {
 namespace {
 
-// Rows whose sums fit the registers: kRows * kVecs of them, with room for the operands.
-constexpr int kMaxRows = kVectorRegisters == 32 ? 6 : kLanes == 8 ? 4 : 2;
-
-constexpr int score_vecs(int bits, int num_rows) {
-  if (kVectorRegisters != 32) return 2;
-  return bits == 8 || num_rows <= 4 ? 4 : 2;
-}
-constexpr int value_vecs() { return kVectorRegisters == 32 ? 4 : 2; }
+// Rows that go through a page together. Their sums take half of the registers: 4 rows of 4 vectors
+// or 8 of 2 with AVX-512, and unpacking narrow codes is done once for all of them.
+constexpr int kMaxRows = kVectorRegisters == 32 ? 8 : kLanes == 8 ? 4 : 2;
+constexpr int num_vecs(int num_rows) { return kVectorRegisters == 32 && num_rows <= 4 ? 4 : 2; }
 
 float block_scale(const uint8_t* block) {
   float scale;
@@ -23,55 +19,47 @@ float block_scale(const uint8_t* block) {
   return scale;
 }
 
-template <int kRows>
-void scores(const Page& page, const RowTile& tile, int row, int32_t* s) {
-  const int8_t* q8 = tile.q8 + row * tile.head_dim;
-  const int32_t* excess = tile.q_excess + row;
-  switch (page.k_bits) {
-    case 8:
-      return page_scores<8, kRows, score_vecs(8, kRows)>(page.k, tile.head_dim, q8, excess, s);
-    case 4:
-      return page_scores<4, kRows, score_vecs(4, kRows)>(page.k, tile.head_dim, q8, excess, s);
-    default:
-      return page_scores<2, kRows, score_vecs(2, kRows)>(page.k, tile.head_dim, q8, excess, s);
-  }
+constexpr int kMaxRowsWithoutFetch = 4;
+
+/// f(Bits<bits>()) for a width.
+template <int kBits>
+struct Bits {};
+template <class F>
+void with_bits(int bits, const F& f) {
+  if (bits == 8) return f(Bits<8>());
+  if (bits == 4) return f(Bits<4>());
+  return f(Bits<2>());
 }
 
 template <int kRows>
-void values(const Page& page, const uint8_t* p8, const float* decay, const float* weight,
-            RowTile& tile, int row) {
-  float* o = tile.o + row * tile.head_dim;
-  switch (page.v_bits) {
-    case 8:
-      return page_values<8, kRows, value_vecs()>(page.v, tile.head_dim, p8, decay, weight, o);
-    case 4:
-      return page_values<4, kRows, value_vecs()>(page.v, tile.head_dim, p8, decay, weight, o);
-    default:
-      return page_values<2, kRows, value_vecs()>(page.v, tile.head_dim, p8, decay, weight, o);
-  }
-}
-
-template <int kRows>
-void attend_rows(RowTile& tile, int row, const Page& page, const Softmax& softmax) {
-  alignas(64) int32_t s[kRows * kPageTokens];
-  alignas(64) uint8_t p8[kRows * kPageTokens];
-  float decay[kRows], weight[kRows];
-  scores<kRows>(page, tile, row, s);
+void attend_rows(RowTile& tile, int row, const Page& page, const Page* next,
+                 const Softmax& softmax) {
+  PageUpdate<kRows> u;
+  const int head_dim = tile.head_dim;
+  with_bits(page.k_bits, [&]<int kBits>(Bits<kBits>) {
+    page_scores<kBits, kRows, num_vecs(kRows)>(page.k, head_dim, tile.q8 + row * head_dim,
+                                               tile.q_excess + row, next ? next->k : nullptr,
+                                               next ? block_bytes(next->k_bits, head_dim) : 0, u.s);
+  });
   const float k_scale = block_scale(page.k), v_scale = block_scale(page.v);
-  const bool any_p =
-      softmax.exact
-          ? page_softmax<true>(tile, row, kRows, page, k_scale, v_scale, 0.0f, s, p8, decay, weight)
-          : page_softmax<false>(tile, row, kRows, page, k_scale, v_scale, softmax.sas_threshold, s,
-                                p8, decay, weight);
-  if (any_p) values<kRows>(page, p8, decay, weight, tile, row);
+  const bool any_p = softmax.exact ? page_softmax<true>(tile, row, page, k_scale, v_scale, 0.0f, u)
+                                   : page_softmax<false>(tile, row, page, k_scale, v_scale,
+                                                         softmax.sas_threshold, u);
+  if (!any_p) return;
+  with_bits(page.v_bits, [&]<int kBits>(Bits<kBits>) {
+    page_values<kBits, kRows, num_vecs(kRows)>(page.v, head_dim, u, next ? next->v : nullptr,
+                                               next ? block_bytes(next->v_bits, head_dim) : 0,
+                                               tile.o + row * head_dim);
+  });
 }
 
 template <int kRows = kMaxRows>
-void attend_rows(int num_rows, RowTile& tile, int row, const Page& page, const Softmax& softmax) {
+void attend_rows(int num_rows, RowTile& tile, int row, const Page& page, const Page* next,
+                 const Softmax& softmax) {
   if constexpr (kRows > 1) {
-    if (num_rows < kRows) return attend_rows<kRows - 1>(num_rows, tile, row, page, softmax);
+    if (num_rows < kRows) return attend_rows<kRows - 1>(num_rows, tile, row, page, next, softmax);
   }
-  attend_rows<kRows>(tile, row, page, softmax);
+  attend_rows<kRows>(tile, row, page, next, softmax);
 }
 
 float row_sum(const RowTile& tile, int row) { return reduce_add(load(tile.l + row * kMaxLanes)); }
@@ -130,20 +118,26 @@ void load_tile(const TileSource& source, const Softmax& softmax, RowTile& tile) 
   }
 }
 
-void attend_page(RowTile& tile, const Page& page, const Softmax& softmax) {
+void attend_page(RowTile& tile, const Page& page, const Page* next, const Softmax& softmax) {
   const float scales = block_scale(page.k) + block_scale(page.v);
   if (scales != scales) {
     for (int r = 0; r < tile.num_rows; ++r) tile.poisoned[r] |= sees(tile, r, page);
     return;
   }
+  // With few rows the hardware's own prefetching does better: a page then takes no longer than its
+  // bytes, and asking for them twice only adds work.
+  if (tile.num_rows <= kMaxRowsWithoutFetch) next = nullptr;
   for (int row = 0; row < tile.num_rows;) {
-    // Equal shares: 8 rows are 4 + 4, not 6 + 2.
+    // Equal shares: 10 rows are 5 + 5, not 8 + 2.
     const int left = tile.num_rows - row;
     const int parts = (left + kMaxRows - 1) / kMaxRows;
     const int num_rows = (left + parts - 1) / parts;
     bool seen = false;
     for (int r = row; r < row + num_rows; ++r) seen |= sees(tile, r, page);
-    if (seen) attend_rows(num_rows, tile, row, page, softmax);
+    if (seen) {
+      attend_rows(num_rows, tile, row, page, next, softmax);
+      next = nullptr;
+    }
     row += num_rows;
   }
 }
@@ -160,9 +154,8 @@ void widen_k(const uint8_t* block, int head_dim, uint8_t* codes8) {
       const int at = row / 4 * kChunk + row % 4 * kInterleave + part * 16;
       const Levels levels = make_levels(splat_dword(step + at), splat_dword(zero + at));
       for (int token = 0; token < kPageTokens; token += kLanes) {
-        Bytes x = narrow_codes<kBits>(codes, row, token);
-        if (part) x = shift_words<kBits>(x);
-        store_bytes(codes8 + at * kPageTokens + token * kInterleave, dequantize<kBits>(x, levels));
+        const Bytes q = load_k_codes<kBits>(codes, row, part, token);
+        store_bytes(codes8 + at * kPageTokens + token * kInterleave, dequantize(q, levels));
       }
     }
   }
@@ -173,6 +166,7 @@ void widen_v(const uint8_t* block, int head_dim, uint8_t* codes8) {
   const uint8_t* codes = block + code_offset(kBits, head_dim);
   const uint8_t* step = block + kHeaderBytes;
   const uint8_t* zero = step + head_dim;
+  const Bytes mask = splat_word(((1 << kBits) - 1) * 0x0101);
   for (int channel = 0; channel < head_dim; channel += kLanes) {
     const Levels levels = make_levels(spread_bytes(step + channel), spread_bytes(zero + channel));
     for (int row = 0; row < kPageTokens * kBits / 32; ++row) {
@@ -180,7 +174,7 @@ void widen_v(const uint8_t* block, int head_dim, uint8_t* codes8) {
       for (int part = 0; part < 8 / kBits; ++part) {
         const int token = row % 4 * kInterleave + row / 4 * kChunk + part * 16;
         store_bytes(codes8 + token * head_dim + channel * kInterleave,
-                    dequantize<kBits>(x, levels));
+                    dequantize(and_bytes(x, mask), levels));
         x = shift_words<kBits>(x);
       }
     }
