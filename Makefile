@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
 ISA_LEVELS ?= scalar avx2 avx512
 
-.PHONY: help build test slow long demo isa asan simt simt-tsan cuda-compile lint format audit bench clean
+.PHONY: help build test slow long demo isa amx asan simt simt-tsan cuda-compile lint format audit bench clean
 .DEFAULT_GOAL := help
 
 PY := $(VENV)/bin/python
@@ -33,6 +33,7 @@ help:
 	@echo "make long    50,000 random problems, a million decoding steps, a thousand repeats"
 	@echo "make demo    full and compressed caches compared on two small models"
 	@echo "make isa     the tests marked isa at each of: $(ISA_LEVELS)"
+	@echo "make amx     the tests marked isa over a software model of AMX tiles (needs AVX-512 VNNI)"
 	@echo "make asan    the tests marked asan under AddressSanitizer and UBSan"
 	@echo "make simt    the CUDA kernels' source on the CPU, under the same sanitizers"
 	@echo "make simt-tsan     a selection of them as a check for races between CUDA threads"
@@ -90,18 +91,29 @@ isa: build
 
 # The sanitized build lives beside the normal one. The runtimes are preloaded because Python is not
 # linked with them, libstdc++ because they must find __cxa_throw when they start. Python itself
-# leaks by design. Reports go to files: pytest's capture would lose them when the process aborts.
+# leaks by design. Reports go to files: pytest's capture would lose them when the process aborts. Only
+# the level that the tests run at is compiled, and scalar: amx, its tiles modelled, is the source of
+# AVX-512 VNNI and more.
 ASAN_DIR := $(CURDIR)/build/asan
 runtimes = $(foreach l,$(1),$(shell c++ -print-file-name=$(l)))
 with_asan = ASAN_OPTIONS=detect_leaks=0:log_path=$(ASAN_DIR)/report \
   UBSAN_OPTIONS=print_stacktrace=1:log_path=$(ASAN_DIR)/report \
   LD_PRELOAD="$(call runtimes,libasan.so libubsan.so libstdc++.so)"
 asan: $(INSTALL_STAMP)
-	KVCORE_BUILD_DIR=$(ASAN_DIR)/cmake CMAKE_ARGS="$$CMAKE_ARGS -DKVCORE_SANITIZE=ON -DKVCORE_CUDA=OFF" \
+	KVCORE_BUILD_DIR=$(ASAN_DIR)/cmake CMAKE_ARGS="$$CMAKE_ARGS -DKVCORE_SANITIZE=ON -DKVCORE_CUDA=OFF \
+	  -DKVCORE_AMX_MODEL=ON -DKVCORE_ISA_LEVELS='scalar;amx'" \
 	  $(PY) setup.py --quiet build --build-base $(ASAN_DIR) --build-lib $(ASAN_DIR)/lib
 	@rm -f $(ASAN_DIR)/report.*
 	PYTHONPATH=$(ASAN_DIR)/lib $(with_asan) $(RUN_TESTS) -m asan $(PYTEST_ARGS) \
 	  || { cat $(ASAN_DIR)/report.* 2>/dev/null; exit 1; }
+
+# A build whose level amx runs a software model of the tiles.
+AMX_DIR := $(CURDIR)/build/amx
+amx: $(INSTALL_STAMP)
+	KVCORE_BUILD_DIR=$(AMX_DIR)/cmake CMAKE_ARGS="$$CMAKE_ARGS -DKVCORE_AMX_MODEL=ON -DKVCORE_CUDA=OFF \
+	  -DKVCORE_ISA_LEVELS='scalar;avx512_vnni;amx'" \
+	  $(PY) setup.py --quiet build --build-base $(AMX_DIR) --build-lib $(AMX_DIR)/lib
+	PYTHONPATH=$(AMX_DIR)/lib $(RUN_TESTS) -m isa $(PYTEST_ARGS)
 
 # kvcore_simt alone is built again and tested beside the normal build. SIMT_SEED draws an order of
 # threads and blocks; without it they run in order.

@@ -188,6 +188,22 @@ def test_leaks_are_found():
     assert leaks(listing, "avx2") == [weak, helper, startup, other]
 
 
+def test_tiles_are_used_at_level_amx_and_nowhere_else():
+    info = _C.build_info()
+    if "amx" not in info["isa_levels"] or info["amx_model"]:
+        pytest.skip("not a build with AMX instructions")
+    source = ROOT / "csrc" / "turbo" / "cpu" / "tile_kernel.cpp"
+    for level in info["isa_levels"]:
+        listing = subprocess.run(
+            ["objdump", "--disassemble", "--no-show-raw-insn", isa_object(source, level)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for instruction in ("ldtilecfg", "tileloadd", "tdpbssd", "tilestored", "tilerelease"):
+            assert (instruction in listing) == (level == "amx"), f"{instruction} at {level}"
+
+
 # ---- CMake options
 
 
@@ -295,6 +311,7 @@ def test_cuda_with_nvcc(checkout, option, cuda, expected):
     [
         (["-DKVCORE_CUDA=MAYBE"], "KVCORE_CUDA must be AUTO, ON or OFF, got 'MAYBE'"),
         (["-DKVCORE_CUDA=ON"], "has no CUDA sources"),
+        (["-DKVCORE_ISA_LEVELS=sse9"], "KVCORE_ISA_LEVELS must be of scalar"),
     ],
 )
 def test_options_are_rejected_by_name(checkout, args, message):

@@ -124,6 +124,7 @@ def _environment(**changes):
         "cpu_isa": {
             "built": ["scalar", "avx2"],
             "supported": ["scalar", "avx2"],
+            "obstacles": {},
             "active": "avx2",
             "override": None,
         },
@@ -186,9 +187,12 @@ def _not_loaded(name, reason):
             "unset KVCORE_CPU_ISA",
         ),
         (
-            {"cpu_isa": _environment()["cpu_isa"] | {"built": ["scalar", "avx2", "avx512"]}},
-            "CPU kernels at avx512",
-            "does not support",
+            {
+                "cpu_isa": _environment()["cpu_isa"]
+                | {"obstacles": dict.fromkeys(["avx512", "avx512_vnni"], "not on this CPU")}
+            },
+            "CPU kernels at avx512, avx512_vnni",
+            "not on this CPU",
             "none needed",
         ),
         (

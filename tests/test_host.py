@@ -317,3 +317,11 @@ def test_unknown_isa_is_named_with_the_accepted_ones(level):
     accepted = ", ".join(_C.cpu_isa()["supported"])
     message = f"KVCORE_CPU_ISA must be one of {accepted} on this machine, got '{level}'"
     assert message in cpu_isa(level).stderr
+
+
+def test_levels_that_do_not_run_say_why():
+    isa = _C.cpu_isa()
+    assert set(isa["obstacles"]) == set(isa["built"]) - set(isa["supported"])
+    for level, obstacle in isa["obstacles"].items():
+        assert obstacle
+        assert f"got '{level}': {obstacle}" in cpu_isa(level).stderr

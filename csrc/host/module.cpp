@@ -24,7 +24,7 @@ std::vector<std::string> split(const std::string& text, char separator) {
   return parts;
 }
 
-#define KVCORE_ISA_LEVEL_(level) Isa::level,
+#define KVCORE_ISA_LEVEL_(level, ...) Isa::level,
 constexpr Isa kBuilt[] = {KVCORE_FOR_EACH_ISA(KVCORE_ISA_LEVEL_)};
 #undef KVCORE_ISA_LEVEL_
 
@@ -51,6 +51,11 @@ py::dict build_info() {
   // Major and minor version are the two highest bytes.
   info["torch_target"] = std::to_string(kTarget >> 56) + "." + std::to_string(kTarget >> 48 & 0xff);
   info["isa_levels"] = isa_names(false);
+#if defined(KVCORE_AMX_MODEL)
+  info["amx_model"] = true;
+#else
+  info["amx_model"] = false;
+#endif
   info["cuda_archs"] = split(KVCORE_CUDA_ARCHS, ';');
   info["sanitized"] = static_cast<bool>(KVCORE_SANITIZED);
   info["pybind11"] = PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(
@@ -63,6 +68,11 @@ py::dict cpu_isa() {
   info["built"] = isa_names(false);
   info["supported"] = isa_names(true);
   info["active"] = isa_name(active_isa());
+  py::dict obstacles;
+  for (const Isa isa : kBuilt) {
+    if (!isa_supported(isa)) obstacles[isa_name(isa)] = isa_obstacle(isa);
+  }
+  info["obstacles"] = obstacles;
   return info;
 }
 

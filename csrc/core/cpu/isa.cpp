@@ -1,7 +1,9 @@
 #include "core/cpu/isa.h"
 
+#include <cerrno>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <iterator>
 #include <stdexcept>
 
@@ -9,22 +11,17 @@
 #include <cpuid.h>
 #include <immintrin.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace kvcore {
 namespace {
 
-#define KVCORE_ISA_LEVEL_(level) Isa::level,
+#define KVCORE_ISA_LEVEL_(level, ...) Isa::level,
 constexpr Isa kBuilt[] = {KVCORE_FOR_EACH_ISA(KVCORE_ISA_LEVEL_)};
 #undef KVCORE_ISA_LEVEL_
-
-// isa_select indexes its table with the enumerator.
-constexpr bool levels_are_consecutive() {
-  for (int i = 0; i < static_cast<int>(std::size(kBuilt)); ++i) {
-    if (static_cast<int>(kBuilt[i]) != i) return false;
-  }
-  return true;
-}
-static_assert(levels_are_consecutive());
 
 #if defined(__x86_64__)
 
@@ -51,9 +48,29 @@ struct X86Features {
     uint32_t a71, b71, c71, d71;
     const bool bf16 = __get_cpuid_count(7, 1, &a71, &b71, &c71, &d71) && (a71 >> 5 & 1);
     avx512_bf16 = avx512_vnni && bf16;
-    amx = avx512_vnni && saves(0x60000) && amx_tile && amx_int8;
+    amx = avx512_bf16 && saves(0x60000) && amx_tile && amx_int8;
   }
 };
+
+const X86Features& x86_features() {
+  static const X86Features features;
+  return features;
+}
+
+// Why this process may not use the tiles, which need a permission of Linux: their registers are 8
+// KiB per thread, saved only for those who asked. Empty if it may.
+std::string tile_obstacle() {
+#if defined(KVCORE_AMX_MODEL)
+  return x86_features().avx512_bf16 ? "" : "this CPU does not have AVX-512 VNNI and BF16";
+#elif defined(__linux__)
+  if (!x86_features().amx) return "this CPU or operating system does not have AMX";
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE
+  if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) return "";
+  return std::string("the operating system refuses the tile registers (") + strerror(errno) + ")";
+#else
+  return "only Linux is known to grant the tile registers";
+#endif
+}
 
 #endif
 
@@ -77,26 +94,33 @@ const char* isa_name(Isa isa) {
   return "unknown";
 }
 
-bool isa_supported(Isa isa) {
+bool isa_supported(Isa isa) { return isa_obstacle(isa).empty(); }
+
+std::string isa_obstacle(Isa isa) {
 #if defined(__x86_64__)
-  static const X86Features features;
+  const X86Features& features = x86_features();
+  const auto unless = [](bool supported) {
+    return supported ? "" : "this CPU or operating system does not support it";
+  };
   switch (isa) {
     case Isa::scalar:
-      return true;
+      return "";
     case Isa::avx2:
-      return features.avx2;
+      return unless(features.avx2);
     case Isa::avx512:
-      return features.avx512;
+      return unless(features.avx512);
     case Isa::avx512_vnni:
-      return features.avx512_vnni;
+      return unless(features.avx512_vnni);
     case Isa::avx512_bf16:
-      return features.avx512_bf16;
-    case Isa::amx:
-      return features.amx;
+      return unless(features.avx512_bf16);
+    case Isa::amx: {
+      static const std::string obstacle = tile_obstacle();
+      return obstacle;
+    }
   }
-  return false;
+  return "unknown level";
 #else
-  return isa == Isa::scalar;
+  return isa == Isa::scalar ? "" : "this is not an x86-64 CPU";
 #endif
 }
 
@@ -116,8 +140,12 @@ Isa active_isa() {
     for (auto it = std::rbegin(kBuilt); it != std::rend(kBuilt); ++it) {
       if (isa_supported(*it) && (any || std::string(wanted) == isa_name(*it))) return *it;
     }
-    throw std::runtime_error("KVCORE_CPU_ISA must be one of " + available_isas() +
-                             " on this machine, got '" + wanted + "'");
+    std::string message = "KVCORE_CPU_ISA must be one of " + available_isas() +
+                          " on this machine, got '" + wanted + "'";
+    for (const Isa isa : kBuilt) {
+      if (std::string(wanted) == isa_name(isa)) message += ": " + isa_obstacle(isa);
+    }
+    throw std::runtime_error(message);
   }();
   return active;
 }

@@ -13,17 +13,13 @@ namespace kvcore {
 
 enum class Isa : int { scalar, avx2, avx512, avx512_vnni, avx512_bf16, amx };
 
-// Levels of this build, lowest first; cmake/cpu.cmake compiles the same list.
-#if defined(__x86_64__)
-#define KVCORE_FOR_EACH_ISA(X) X(scalar) X(avx2) X(avx512) X(avx512_vnni) X(avx512_bf16)
-#else
-#define KVCORE_FOR_EACH_ISA(X) X(scalar)
-#endif
-
 const char* isa_name(Isa isa);
 
 // The CPU has the instructions and the operating system saves the registers.
 bool isa_supported(Isa isa);
+
+// Why a level is not supported here, in a few words; empty if it is.
+std::string isa_obstacle(Isa isa);
 
 // The level that kernels run at: the highest that is built and supported, or the one that the
 // environment variable KVCORE_CPU_ISA names. Decided at the first call and kept. Throws
@@ -35,50 +31,60 @@ std::string available_isas();
 
 }  // namespace kvcore
 
+// X(level, ...) for each level of this build, lowest first; cmake/cpu.cmake defines KVCORE_BUILD_*.
+#if defined(KVCORE_BUILD_AVX2)
+#define KVCORE_IF_AVX2_(X, ...) X(avx2, __VA_ARGS__)
+#else
+#define KVCORE_IF_AVX2_(X, ...)
+#endif
+#if defined(KVCORE_BUILD_AVX512)
+#define KVCORE_IF_AVX512_(X, ...) X(avx512, __VA_ARGS__)
+#else
+#define KVCORE_IF_AVX512_(X, ...)
+#endif
+#if defined(KVCORE_BUILD_AVX512_VNNI)
+#define KVCORE_IF_AVX512_VNNI_(X, ...) X(avx512_vnni, __VA_ARGS__)
+#else
+#define KVCORE_IF_AVX512_VNNI_(X, ...)
+#endif
+#if defined(KVCORE_BUILD_AVX512_BF16)
+#define KVCORE_IF_AVX512_BF16_(X, ...) X(avx512_bf16, __VA_ARGS__)
+#else
+#define KVCORE_IF_AVX512_BF16_(X, ...)
+#endif
+#if defined(KVCORE_BUILD_AMX)
+#define KVCORE_IF_AMX_(X, ...) X(amx, __VA_ARGS__)
+#else
+#define KVCORE_IF_AMX_(X, ...)
+#endif
+#define KVCORE_FOR_EACH_ISA(X, ...)      \
+  X(scalar, __VA_ARGS__)                 \
+  KVCORE_IF_AVX2_(X, __VA_ARGS__)        \
+  KVCORE_IF_AVX512_(X, __VA_ARGS__)      \
+  KVCORE_IF_AVX512_VNNI_(X, __VA_ARGS__) \
+  KVCORE_IF_AVX512_BF16_(X, __VA_ARGS__) \
+  KVCORE_IF_AMX_(X, __VA_ARGS__)
+
 // Declares a kernel in the namespace of every level of this build:
 //   namespace kvcore::turbo {
 //   KVCORE_ISA_DECLARE(void attention_kernel(const AttentionParams& p, int64_t begin, int64_t end))
 //   }
-#define KVCORE_ISA_DECLARE_SCALAR(...) \
-  namespace scalar {                   \
-  __VA_ARGS__;                         \
+#define KVCORE_ISA_DECLARE_(level, ...) \
+  namespace level {                     \
+  __VA_ARGS__;                          \
   }
-#if defined(__x86_64__)
-#define KVCORE_ISA_DECLARE(...)          \
-  KVCORE_ISA_DECLARE_SCALAR(__VA_ARGS__) \
-  namespace avx2 {                       \
-  __VA_ARGS__;                           \
-  }                                      \
-  namespace avx512 {                     \
-  __VA_ARGS__;                           \
-  }                                      \
-  namespace avx512_vnni {                \
-  __VA_ARGS__;                           \
-  }                                      \
-  namespace avx512_bf16 {                \
-  __VA_ARGS__;                           \
-  }
-#else
-#define KVCORE_ISA_DECLARE(...) KVCORE_ISA_DECLARE_SCALAR(__VA_ARGS__)
-#endif
+#define KVCORE_ISA_DECLARE(...) KVCORE_FOR_EACH_ISA(KVCORE_ISA_DECLARE_, __VA_ARGS__)
 
 // Pointer to the active level's copy of a function declared so:
 //   auto* kernel = KVCORE_ISA_SELECT(attention_kernel);
-#if defined(__x86_64__)
-#define KVCORE_ISA_SELECT(function)                                           \
-  ::kvcore::isa_select(&scalar::function, &avx2::function, &avx512::function, \
-                       &avx512_vnni::function, &avx512_bf16::function)
-#else
-#define KVCORE_ISA_SELECT(function) ::kvcore::isa_select(&scalar::function)
-#endif
-
-namespace kvcore {
-
-// The entry of the active level from one entry per level of this build, lowest first.
-template <class Function, class... Functions>
-Function* isa_select(Function* lowest, Functions*... others) {
-  Function* const table[] = {lowest, others...};
-  return table[static_cast<int>(active_isa())];
-}
-
-}  // namespace kvcore
+#define KVCORE_ISA_CASE_(level, function) \
+  case ::kvcore::Isa::level:              \
+    return &level::function;
+#define KVCORE_ISA_SELECT(function)                               \
+  [] {                                                            \
+    switch (::kvcore::active_isa()) {                             \
+      KVCORE_FOR_EACH_ISA(KVCORE_ISA_CASE_, function)             \
+      default:                                                    \
+        return static_cast<decltype(&scalar::function)>(nullptr); \
+    }                                                             \
+  }()

@@ -10,6 +10,8 @@
 namespace kvcore::turbo {
 namespace {
 
+constexpr int64_t kPagesPerCall = 16;
+
 /// One sequence: a batch entry, or a run of packed tokens.
 struct Sequence {
   int64_t batch_idx;
@@ -90,7 +92,7 @@ void attention(const AttentionParams& p) {
   });
 
   auto* const load = KVCORE_ISA_SELECT(load_tile);
-  auto* const attend = KVCORE_ISA_SELECT(attend_page);
+  auto* const attend = KVCORE_ISA_SELECT(attend_pages);
   auto* const store = KVCORE_ISA_SELECT(store_tile);
   const TileOutput output = {.out = p.out, .lse = p.lse, .q_heads = p.q_heads, .q_tokens = p.q_len};
   parallel_tasks(num_tasks, [&](int64_t task, int64_t worker) {
@@ -119,15 +121,18 @@ void attention(const AttentionParams& p) {
     const uint8_t* v = k + p.kv_heads * num_pages * bytes;
     const PageRange range = visible_pages(p.softmax, s.q_len, s.kv_len, first_row / group,
                                           (first_row + num_rows - 1) / group);
-    for (int64_t page = range.begin; page < range.end; ++page) {
-      const int64_t offset = (page - s.pages.begin) * bytes;
-      attend(tile,
-             {.k = k + offset,
-              .v = v + offset,
-              .k_bits = 8,
-              .v_bits = 8,
-              .first_key = page * kPageTokens},
-             nullptr, p.softmax);
+    for (int64_t first = range.begin; first < range.end; first += kPagesPerCall) {
+      Page pages[kPagesPerCall];
+      const int64_t count = std::min(kPagesPerCall, range.end - first);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t offset = (first + i - s.pages.begin) * bytes;
+        pages[i] = {.k = k + offset,
+                    .v = v + offset,
+                    .k_bits = 8,
+                    .v_bits = 8,
+                    .first_key = (first + i) * kPageTokens};
+      }
+      attend(tile, pages, count, p.softmax);
     }
     store(tile, source, output);
   });

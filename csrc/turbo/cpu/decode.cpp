@@ -14,10 +14,6 @@ namespace {
 // near 1 % of what it reads. A constant, so that results depend on no other sequence.
 constexpr int64_t kSplitPages = 16;
 
-// Up to so many rows the kernels read narrow pages directly and the context is split. With more,
-// a page is rebuilt as 8 bit once per tile, and the tiles themselves are the parallel work.
-constexpr int64_t kFewRows = 16;
-
 struct Plan {
   int64_t group, num_rows;  // rows of a kv head
   int64_t num_tiles, num_splits;
@@ -62,10 +58,8 @@ void decode(const DecodeParams& p) {
   const int64_t num_units = store.batch * store.kv_heads * work.num_tiles;  // what gets an output
   const int64_t num_tasks = num_units * work.num_splits;
   const int64_t part_rows = work.num_splits > 1 ? work.num_rows : 0;
-  const int64_t block8 = block_bytes(8, store.head_dim);
   const int64_t workers = max_workers(num_tasks);
   const auto tiles = make_scratch<RowTile>({workers});
-  const auto widened = make_scratch<uint8_t>({workers, 2, block8});
   const auto partials = make_scratch<Partial>({num_tasks, part_rows});
   const auto partial_o = make_scratch<float>({num_tasks, part_rows, store.head_dim});
 
@@ -100,8 +94,7 @@ void decode(const DecodeParams& p) {
   };
 
   auto* const load = KVCORE_ISA_SELECT(load_tile);
-  auto* const attend = KVCORE_ISA_SELECT(attend_page);
-  auto* const widen = KVCORE_ISA_SELECT(widen_block);
+  auto* const attend = KVCORE_ISA_SELECT(attend_pages);
   auto* const save = KVCORE_ISA_SELECT(save_partial);
   auto* const merge = KVCORE_ISA_SELECT(merge_partials);
   auto* const finish = KVCORE_ISA_SELECT(store_tile);
@@ -119,31 +112,18 @@ void decode(const DecodeParams& p) {
     }
     RowTile& tile = tiles[worker];
     load(source, p.softmax, tile);
-    const auto blocks_of = [&](int64_t page) {
-      Page blocks = {
-          .k = nullptr, .v = nullptr, .k_bits = 8, .v_bits = 8, .first_key = page * kPageTokens};
-      blocks.k = find_block(store, source.batch_idx, 0, source.kv_head, page, source.kv_len,
-                            &blocks.k_bits);
-      blocks.v = find_block(store, source.batch_idx, 1, source.kv_head, page, source.kv_len,
-                            &blocks.v_bits);
-      return blocks;
-    };
-    Page next = {};
-    if (pages.begin < pages.end) next = blocks_of(pages.begin);
-    for (int64_t page = pages.begin; page < pages.end; ++page) {
-      Page blocks = next;
-      const bool is_last = page + 1 == pages.end;
-      if (!is_last) next = blocks_of(page + 1);
-      if (tile.num_rows > kFewRows) {
-        uint8_t* const k8 = &widened[worker * 2 * block8];
-        uint8_t* const v8 = k8 + block8;
-        if (blocks.k_bits != 8) widen(blocks.k, 0, blocks.k_bits, tile.head_dim, k8);
-        if (blocks.v_bits != 8) widen(blocks.v, 1, blocks.v_bits, tile.head_dim, v8);
-        if (blocks.k_bits != 8) blocks.k = k8;
-        if (blocks.v_bits != 8) blocks.v = v8;
-        blocks.k_bits = blocks.v_bits = 8;
+    for (int64_t first = pages.begin; first < pages.end; first += kSplitPages) {
+      Page part[kSplitPages];
+      const int64_t count = std::min(kSplitPages, pages.end - first);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t page = first + i;
+        part[i].first_key = page * kPageTokens;
+        part[i].k = find_block(store, source.batch_idx, 0, source.kv_head, page, source.kv_len,
+                               &part[i].k_bits);
+        part[i].v = find_block(store, source.batch_idx, 1, source.kv_head, page, source.kv_len,
+                               &part[i].v_bits);
       }
-      attend(tile, blocks, is_last ? nullptr : &next, p.softmax);
+      attend(tile, part, count, p.softmax);
     }
     if (work.num_splits > 1) {
       save(tile, &partials[task * part_rows], &partial_o[task * part_rows * store.head_dim]);

@@ -1,6 +1,8 @@
 // The softmax of one page for a few rows: S8 to P8, and the update of m and l. Per ISA level.
 #pragma once
 
+#include <type_traits>
+
 #include "core/cpu/dot.h"
 #include "core/cpu/lanes.h"
 #include "turbo/cpu/tile.h"
@@ -48,9 +50,10 @@ inline void mask_scores(int64_t first, int64_t end, F32 (&x)[kVecs]) {
 /// a vector over rows is stored and read back: that forwards, which a vector of stored scalars
 /// would not. s, p8: [kCount, 64]; p_sum, decay, weight: [4]. Returns false if every P is zero.
 template <bool kExact, int kCount>
-[[gnu::flatten]] inline bool softmax_rows(RowTile& tile, int row, const Page& page, float k_scale,
-                                          float v_scale, float threshold, const int32_t* s,
-                                          uint8_t* p8, float* p_sum, float* decay, float* weight) {
+[[gnu::flatten, gnu::noinline]] bool softmax_rows(RowTile& tile, int row, const Page& page,
+                                                  float k_scale, float v_scale, float threshold,
+                                                  const int32_t* s, uint8_t* p8, float* p_sum,
+                                                  float* decay, float* weight) {
   constexpr int kVecs = kPageTokens / kLanes, kLast = kCount - 1;
   const auto over_rows = [](const F32(&x)[kCount], const auto& combine) {
     return reduce4(x[0], x[1 < kLast ? 1 : kLast], x[2 < kLast ? 2 : kLast], x[kLast], combine);
@@ -124,19 +127,31 @@ template <bool kExact, int kCount>
   return any_p;
 }
 
-/// The softmax of one page for rows [row, row + kRows) of a tile: takes S8, sets the rest of u.
+/// The softmax of one page for rows [row, row + num_rows) of a tile: takes S8, sets the rest of u.
 /// Returns false if every P is zero: then the page changes nothing.
 template <bool kExact, int kRows>
-inline bool page_softmax(RowTile& tile, int row, const Page& page, float k_scale, float v_scale,
-                         float threshold, PageUpdate<kRows>& u) {
-  constexpr int kFirst = kRows < 4 ? kRows : 4;
-  bool any_p = softmax_rows<kExact, kFirst>(tile, row, page, k_scale, v_scale, threshold, u.s, u.p8,
-                                            u.p_sum, u.decay, u.weight);
-  if constexpr (kRows > 4) {
-    static_assert(kRows <= 8);
-    any_p |= softmax_rows<kExact, kRows - 4>(tile, row + 4, page, k_scale, v_scale, threshold,
-                                             u.s + 4 * kPageTokens, u.p8 + 4 * kPageTokens,
-                                             u.p_sum + 4, u.decay + 4, u.weight + 4);
+inline bool page_softmax(RowTile& tile, int row, int num_rows, const Page& page, float k_scale,
+                         float v_scale, float threshold, PageUpdate<kRows>& u) {
+  bool any_p = false;
+  for (int r = 0; r < num_rows; r += 4) {
+    const auto rows = [&]<int kCount>(std::integral_constant<int, kCount>) {
+      any_p |= softmax_rows<kExact, kCount>(tile, row + r, page, k_scale, v_scale, threshold,
+                                            u.s + r * kPageTokens, u.p8 + r * kPageTokens,
+                                            u.p_sum + r, u.decay + r, u.weight + r);
+    };
+    switch (num_rows - r) {
+      case 1:
+        rows(std::integral_constant<int, 1>());
+        break;
+      case 2:
+        rows(std::integral_constant<int, 2>());
+        break;
+      case 3:
+        rows(std::integral_constant<int, 3>());
+        break;
+      default:
+        rows(std::integral_constant<int, 4>());
+    }
   }
   return any_p;
 }

@@ -15,6 +15,10 @@ namespace kvcore::turbo {
 constexpr int kTileRows = 96;
 constexpr int kMaxLanes = 16;
 
+// Up to so many rows narrow pages are read as they are, and decode splits the context. With more, a
+// page is rebuilt as 8 bit once per tile, and the tiles themselves are the parallel work.
+constexpr int kFewRows = 16;
+
 /// State of up to kTileRows rows. Arrays over channels are packed: row r begins at r * head_dim.
 struct alignas(64) RowTile {
   int8_t q8[kTileRows * kMaxHeadDim];  // codes of q * balance
@@ -26,6 +30,7 @@ struct alignas(64) RowTile {
   int32_t q_excess[kTileRows];         // what dot_ss adds to S8 too much, negated
   int64_t first_key[kTileRows];        // the row sees keys [first_key, end_key)
   int64_t end_key[kTileRows];
+  alignas(64) uint8_t widened[2][block_bytes(8, kMaxHeadDim)];  // narrow K and V as 8-bit blocks
   bool poisoned[kTileRows];  // the row attends something that is not finite: NaN
   int num_rows;
   int head_dim;
@@ -91,11 +96,8 @@ KVCORE_ISA_DECLARE(
 /// Reads, balances and quantizes the rows of `source` and resets their state.
 void load_tile(const TileSource& source, const Softmax& softmax, RowTile& tile);
 
-/// Adds one page to every row that sees it, and fetches the one that comes next; `next` may be null.
-void attend_page(RowTile& tile, const Page& page, const Page* next, const Softmax& softmax);
-
-/// Rebuilds a 4- or 2-bit block as an 8-bit one.
-void widen_block(const uint8_t* block, int kv, int bits, int head_dim, uint8_t* block8);
+/// Adds pages, in order, to every row that sees them.
+void attend_pages(RowTile& tile, const Page* pages, int64_t num_pages, const Softmax& softmax);
 
 /// Divides by the sums and writes out and lse.
 void store_tile(const RowTile& tile, const TileSource& source, const TileOutput& output);

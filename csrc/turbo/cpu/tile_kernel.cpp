@@ -4,6 +4,9 @@
 #include "turbo/cpu/softmax.h"
 #include "turbo/cpu/tile.h"
 #include "turbo/cpu/values.h"
+#if defined(KVCORE_ISA_AMX)
+#include "turbo/cpu/tile_amx.h"
+#endif
 
 namespace kvcore::turbo::KVCORE_ISA {
 namespace {
@@ -42,9 +45,10 @@ void attend_rows(RowTile& tile, int row, const Page& page, const Page* next,
                                                next ? block_bytes(next->k_bits, head_dim) : 0, u.s);
   });
   const float k_scale = block_scale(page.k), v_scale = block_scale(page.v);
-  const bool any_p = softmax.exact ? page_softmax<true>(tile, row, page, k_scale, v_scale, 0.0f, u)
-                                   : page_softmax<false>(tile, row, page, k_scale, v_scale,
-                                                         softmax.sas_threshold, u);
+  const bool any_p =
+      softmax.exact
+          ? page_softmax<true>(tile, row, kRows, page, k_scale, v_scale, 0.0f, u)
+          : page_softmax<false>(tile, row, kRows, page, k_scale, v_scale, softmax.sas_threshold, u);
   if (!any_p) return;
   with_bits(page.v_bits, [&]<int kBits>(Bits<kBits>) {
     page_values<kBits, kRows, num_vecs(kRows)>(page.v, head_dim, u, next ? next->v : nullptr,
@@ -68,6 +72,102 @@ bool sees(const RowTile& tile, int row, const Page& page) {
   return tile.first_key[row] < page.first_key + kPageTokens && tile.end_key[row] > page.first_key &&
          tile.first_key[row] < tile.end_key[row];
 }
+
+template <int kBits>
+void widen_k(const uint8_t* block, int head_dim, uint8_t* codes8) {
+  const uint8_t* codes = block + code_offset(kBits, head_dim);
+  const uint8_t* step = block + kHeaderBytes;
+  const uint8_t* zero = step + head_dim;
+  for (int row = 0; row < head_dim / 8; ++row) {
+    for (int part = 0; part < 2; ++part) {
+      const int at = row / 4 * kChunk + row % 4 * kInterleave + part * 16;
+      const Levels levels = make_levels(splat_dword(step + at), splat_dword(zero + at));
+      for (int token = 0; token < kPageTokens; token += kLanes) {
+        const Bytes q = load_k_codes<kBits>(codes, row, part, token);
+        store_bytes(codes8 + at * kPageTokens + token * kInterleave, dequantize(q, levels));
+      }
+    }
+  }
+}
+
+template <int kBits>
+void widen_v(const uint8_t* block, int head_dim, uint8_t* codes8) {
+  const uint8_t* codes = block + code_offset(kBits, head_dim);
+  const uint8_t* step = block + kHeaderBytes;
+  const uint8_t* zero = step + head_dim;
+  const Bytes mask = splat_word(((1 << kBits) - 1) * 0x0101);
+  for (int channel = 0; channel < head_dim; channel += kLanes) {
+    const Levels levels = make_levels(spread_bytes(step + channel), spread_bytes(zero + channel));
+    for (int row = 0; row < kPageTokens * kBits / 32; ++row) {
+      Bytes x = load_bytes(codes + (row * head_dim + channel) * kInterleave);
+      for (int part = 0; part < 8 / kBits; ++part) {
+        const int token = row % 4 * kInterleave + row / 4 * kChunk + part * 16;
+        store_bytes(codes8 + token * head_dim + channel * kInterleave,
+                    dequantize(and_bytes(x, mask), levels));
+        x = shift_words<kBits>(x);
+      }
+    }
+  }
+}
+
+/// Rebuilds a 4- or 2-bit block as an 8-bit one.
+void widen_block(const uint8_t* block, int kv, int bits, int head_dim, uint8_t* block8) {
+  memcpy(block8, block, kHeaderBytes);
+  uint8_t* codes8 = block8 + code_offset(8, head_dim);
+  if (kv == 0) {
+    bits == 4 ? widen_k<4>(block, head_dim, codes8) : widen_k<2>(block, head_dim, codes8);
+  } else {
+    bits == 4 ? widen_v<4>(block, head_dim, codes8) : widen_v<2>(block, head_dim, codes8);
+  }
+}
+
+/// The page with narrow blocks replaced by copies in the tile.
+Page widen(Page page, RowTile& tile) {
+  if (page.k_bits != 8) {
+    widen_block(page.k, 0, page.k_bits, tile.head_dim, tile.widened[0]);
+    page.k = tile.widened[0];
+  }
+  if (page.v_bits != 8) {
+    widen_block(page.v, 1, page.v_bits, tile.head_dim, tile.widened[1]);
+    page.v = tile.widened[1];
+  }
+  page.k_bits = page.v_bits = 8;
+  return page;
+}
+
+bool any_sees(const RowTile& tile, int row, int num_rows, const Page& page) {
+  bool seen = false;
+  for (int r = row; r < row + num_rows; ++r) seen |= sees(tile, r, page);
+  return seen;
+}
+
+/// Adds a page to the rows that see it; `next` is fetched meanwhile, may be null.
+void attend_page(RowTile& tile, const Page& page, const Page* next, const Softmax& softmax) {
+  for (int row = 0; row < tile.num_rows;) {
+    // Equal shares: 10 rows are 5 + 5, not 8 + 2.
+    const int left = tile.num_rows - row;
+    const int parts = (left + kMaxRows - 1) / kMaxRows;
+    const int num_rows = (left + parts - 1) / parts;
+    if (any_sees(tile, row, num_rows, page)) {
+      attend_rows(num_rows, tile, row, page, next, softmax);
+      next = nullptr;
+    }
+    row += num_rows;
+  }
+}
+
+#if defined(KVCORE_ISA_AMX)
+void attend_by_tiles(RowTile& tile, const Page& page, const Softmax& softmax) {
+  const float k_scale = block_scale(page.k), v_scale = block_scale(page.v);
+  for (int row = 0; row < tile.num_rows; row += kAmxRows) {
+    const int left = tile.num_rows - row, num_rows = left < kAmxRows ? left : kAmxRows;
+    if (!any_sees(tile, row, num_rows, page)) continue;
+    num_rows > kTileMaxRows
+        ? attend_tiles<true>(tile, row, num_rows, page, k_scale, v_scale, softmax)
+        : attend_tiles<false>(tile, row, num_rows, page, k_scale, v_scale, softmax);
+  }
+}
+#endif
 
 }  // namespace
 
@@ -118,79 +218,35 @@ void load_tile(const TileSource& source, const Softmax& softmax, RowTile& tile) 
   }
 }
 
-void attend_page(RowTile& tile, const Page& page, const Page* next, const Softmax& softmax) {
-  const float scales = block_scale(page.k) + block_scale(page.v);
-  if (scales != scales) {
-    for (int r = 0; r < tile.num_rows; ++r) tile.poisoned[r] |= sees(tile, r, page);
-    return;
-  }
-  // With few rows the hardware's own prefetching does better: a page then takes no longer than its
-  // bytes, and asking for them twice only adds work.
-  if (tile.num_rows <= kMaxRowsWithoutFetch) next = nullptr;
-  for (int row = 0; row < tile.num_rows;) {
-    // Equal shares: 10 rows are 5 + 5, not 8 + 2.
-    const int left = tile.num_rows - row;
-    const int parts = (left + kMaxRows - 1) / kMaxRows;
-    const int num_rows = (left + parts - 1) / parts;
-    bool seen = false;
-    for (int r = row; r < row + num_rows; ++r) seen |= sees(tile, r, page);
-    if (seen) {
-      attend_rows(num_rows, tile, row, page, next, softmax);
-      next = nullptr;
+void attend_pages(RowTile& tile, const Page* pages, int64_t num_pages, const Softmax& softmax) {
+  const int num_rows = tile.num_rows;
+  bool widens = num_rows > kFewRows;
+#if defined(KVCORE_ISA_AMX)
+  const bool by_tiles = num_rows >= kMinTileRows;
+  widens |= by_tiles;
+  if (by_tiles) tile_config(tile_shapes(tile.head_dim));
+#endif
+  for (int64_t i = 0; i < num_pages; ++i) {
+    const float scales = block_scale(pages[i].k) + block_scale(pages[i].v);
+    if (scales != scales) {
+      for (int r = 0; r < num_rows; ++r) tile.poisoned[r] |= sees(tile, r, pages[i]);
+      continue;
     }
-    row += num_rows;
-  }
-}
-
-namespace {
-
-template <int kBits>
-void widen_k(const uint8_t* block, int head_dim, uint8_t* codes8) {
-  const uint8_t* codes = block + code_offset(kBits, head_dim);
-  const uint8_t* step = block + kHeaderBytes;
-  const uint8_t* zero = step + head_dim;
-  for (int row = 0; row < head_dim / 8; ++row) {
-    for (int part = 0; part < 2; ++part) {
-      const int at = row / 4 * kChunk + row % 4 * kInterleave + part * 16;
-      const Levels levels = make_levels(splat_dword(step + at), splat_dword(zero + at));
-      for (int token = 0; token < kPageTokens; token += kLanes) {
-        const Bytes q = load_k_codes<kBits>(codes, row, part, token);
-        store_bytes(codes8 + at * kPageTokens + token * kInterleave, dequantize(q, levels));
-      }
+    const Page page = widens ? widen(pages[i], tile) : pages[i];
+#if defined(KVCORE_ISA_AMX)
+    if (by_tiles) {
+      attend_by_tiles(tile, page, softmax);
+      continue;
     }
+#endif
+    // With few rows a page takes no longer than its bytes, and the hardware's own prefetching does
+    // better.
+    const bool fetches = i + 1 < num_pages && num_rows > kMaxRowsWithoutFetch;
+    attend_page(tile, page, fetches ? &pages[i + 1] : nullptr, softmax);
   }
-}
-
-template <int kBits>
-void widen_v(const uint8_t* block, int head_dim, uint8_t* codes8) {
-  const uint8_t* codes = block + code_offset(kBits, head_dim);
-  const uint8_t* step = block + kHeaderBytes;
-  const uint8_t* zero = step + head_dim;
-  const Bytes mask = splat_word(((1 << kBits) - 1) * 0x0101);
-  for (int channel = 0; channel < head_dim; channel += kLanes) {
-    const Levels levels = make_levels(spread_bytes(step + channel), spread_bytes(zero + channel));
-    for (int row = 0; row < kPageTokens * kBits / 32; ++row) {
-      Bytes x = load_bytes(codes + (row * head_dim + channel) * kInterleave);
-      for (int part = 0; part < 8 / kBits; ++part) {
-        const int token = row % 4 * kInterleave + row / 4 * kChunk + part * 16;
-        store_bytes(codes8 + token * head_dim + channel * kInterleave,
-                    dequantize(and_bytes(x, mask), levels));
-        x = shift_words<kBits>(x);
-      }
-    }
-  }
-}
-
-}  // namespace
-
-void widen_block(const uint8_t* block, int kv, int bits, int head_dim, uint8_t* block8) {
-  memcpy(block8, block, kHeaderBytes);
-  uint8_t* codes8 = block8 + code_offset(8, head_dim);
-  if (kv == 0) {
-    bits == 4 ? widen_k<4>(block, head_dim, codes8) : widen_k<2>(block, head_dim, codes8);
-  } else {
-    bits == 4 ? widen_v<4>(block, head_dim, codes8) : widen_v<2>(block, head_dim, codes8);
-  }
+#if defined(KVCORE_ISA_AMX)
+  if (by_tiles) tile_release();
+#endif
 }
 
 void store_tile(const RowTile& tile, const TileSource& source, const TileOutput& output) {

@@ -154,11 +154,11 @@ def fallbacks(env: dict[str, Any]) -> list[dict[str, str]]:
                 f"KVCORE_CPU_ISA={isa['override']} asks for {isa['active']}",
                 "unset KVCORE_CPU_ISA",
             )
-        unsupported = [level for level in isa["built"] if level not in isa["supported"]]
-        if unsupported:
+        for obstacle in dict.fromkeys(isa["obstacles"].values()):
+            levels = [level for level, why in isa["obstacles"].items() if why == obstacle]
             add(
-                f"CPU kernels at {', '.join(unsupported)}",
-                "this CPU or operating system does not support them",
+                f"CPU kernels at {', '.join(levels)}",
+                obstacle,
                 f"none needed: {isa['active']} is used",
             )
     elif isa.get("reason") and not (host is not None and not host["loaded"]):
