@@ -121,8 +121,12 @@ def _prefill(tokens: int, device: torch.device) -> Case:
     return case
 
 
-def _append(kv_len: int, device: torch.device) -> Case:
-    """One token's K and V joins the cache of one layer."""
+def _append(kv_len: int, layers: int, device: torch.device) -> Case:
+    """One token's K and V joins the cache of each layer.
+
+    With a single layer torch's and Python's code is as cold as the data. In a step of several
+    layers only the first one pays for that.
+    """
     from transformers import LlamaConfig
 
     from kvcore.cache import TurboCache
@@ -130,23 +134,30 @@ def _append(kv_len: int, device: torch.device) -> Case:
     _, k, v = _inputs(1, 1, kv_len, device)
     k, v = k.bfloat16(), v.bfloat16()
     config = LlamaConfig(
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=Q_HEADS,
         num_key_value_heads=KV_HEADS,
         head_dim=HEAD_DIM,
         hidden_size=Q_HEADS * HEAD_DIM,
     )
     new = k[:, :, -1:].clone(), v[:, :, -1:].clone()
-    turbo = TurboCache(config)
-    turbo.update(k, v, 0)
     caches = {
-        "DynamicCache": peers.dynamic_cache(k, v),
-        "QuantizedCache fp8": peers.quantized_cache(k, v, config),
-        "kvcore TurboCache": turbo,
+        "DynamicCache": peers.dynamic_cache(),
+        "QuantizedCache fp8": peers.quantized_cache(config),
+        "kvcore TurboCache": TurboCache(config),
     }
-    case = Case(f"append one token at {kv_len} tokens", _shape(1, 1, kv_len), {})
+    count = "1 layer" if layers == 1 else f"{layers} layers"
+    case = Case(f"append one token to {count} at {kv_len} tokens", _shape(1, 1, kv_len), {})
+    case.shape["layers"] = layers
     for name, cache in caches.items():
-        case.variants[name] = Variant(lambda cache=cache: cache.update(*new, 0))
+        for layer in range(layers):
+            cache.update(k, v, layer)
+
+        def run(cache=cache):
+            for layer in range(layers):
+                cache.update(*new, layer)
+
+        case.variants[name] = Variant(run)
     return case
 
 
@@ -154,8 +165,9 @@ def turbo(quick: bool, device: torch.device) -> Iterator[Callable[[], Case]]:
     """Cases of the turbo family, each built only when its turn comes."""
     yield lambda: _decode(1, 1, 4096, device)
     yield lambda: _prefill(1024 if quick else 4096, device)
-    yield lambda: _append(4096 if quick else 32768, device)
+    yield lambda: _append(4096 if quick else 32768, 1, device)
     if not quick:
+        yield lambda: _append(32768, 4, device)
         yield lambda: _decode(1, 1, 32768, device)
         yield lambda: _decode(8, 1, 4096, device)
         yield lambda: _decode(1, 4, 32768, device)

@@ -87,7 +87,8 @@ def _results():
                 for scalars in ({}, {"causal": False}, {"window": 50}, {"sas_threshold": None}):
                     name = f"decode {head_dim} {group}x{q_len} K{k_bits}V{v_bits} {scalars}"
                     digests[name] = _digest(kvcore.turbo_decode(q, *store, **scalars))
-            for scalars in ({}, {"causal": False}, {"window": 50}, {"sas_threshold": None}):
+            causal = {"causal": True}
+            for scalars in ({}, causal, causal | {"window": 50}, {"sas_threshold": None}):
                 name = f"attention {head_dim} {group}x{q_len} {scalars}"
                 digests[name] = _digest(kvcore.turbo_attention(q, k, v, **scalars))
             cu_q = torch.tensor([0, 0, q_len - 5, q_len], dtype=torch.int32)

@@ -56,19 +56,15 @@ def sdpa_prefill(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tens
     return variants
 
 
-def dynamic_cache(k: Tensor, v: Tensor):
-    """transformers' default cache, filled."""
+def dynamic_cache():
+    """transformers' default cache."""
     from transformers import DynamicCache
 
-    cache = DynamicCache()
-    cache.update(k, v, 0)
-    return cache
+    return DynamicCache()
 
 
-def quantized_cache(k: Tensor, v: Tensor, config):
-    """transformers' quantized cache (the fp8 backend, which needs no further package), filled."""
+def quantized_cache(config):
+    """transformers' quantized cache (the fp8 backend, which needs no further package)."""
     from transformers import QuantizedCache
 
-    cache = QuantizedCache("fp8", config)
-    cache.update(k, v, 0)
-    return cache
+    return QuantizedCache("fp8", config)

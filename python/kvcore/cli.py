@@ -279,6 +279,39 @@ def _demo_parser(commands: Any) -> None:
     parser.set_defaults(run=_demo)
 
 
+def _bench(args: argparse.Namespace) -> int:
+    import subprocess
+
+    import kvcore
+
+    # An editable installation lies in its checkout.
+    checkout = Path(args.checkout or Path(kvcore.__file__).parents[2]).resolve()
+    script = checkout / "bench" / "run.py"
+    if not script.is_file():
+        raise UserError(
+            f"{script} not found: the benchmarks are part of kvcore's source, not of the installed "
+            "package; clone the repository, or unpack the sdist (pip download --no-deps "
+            "--no-binary :all: kvcore), and name its folder with --checkout"
+        )
+    return subprocess.run([sys.executable, str(script), *args.options], check=False).returncode
+
+
+def _bench_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="run the benchmarks of a checkout",
+        description="Runs bench/run.py of a checkout of kvcore with this Python and this kvcore, "
+        "and returns its exit code. All other options are passed on: --family turbo, --quick, "
+        "--cases TEXT, --rounds N, --out DIR.",
+    )
+    parser.add_argument(
+        "--checkout",
+        metavar="DIR",
+        help="folder of the checkout (default: the one that kvcore is imported from)",
+    )
+    parser.set_defaults(run=_bench, takes_options=True)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command."""
     import kvcore
@@ -291,12 +324,16 @@ def build_parser() -> argparse.ArgumentParser:
     _doctor_parser(commands)
     _demo_parser(commands)
     _generate_parser(commands)
+    _bench_parser(commands)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: this process's) and returns the exit code."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, args.options = parser.parse_known_args(argv)
+    if args.options and not getattr(args, "takes_options", False):
+        parser.error(f"unrecognized arguments: {' '.join(args.options)}")
     try:
         return args.run(args)
     except UserError as error:

@@ -85,6 +85,9 @@ class StaticTurboLayer(TurboLayer):
             return StaticView(self, 0), StaticView(self, 1)
         return self.rebuild()
 
+    def _step(self, k: Tensor, v: Tensor) -> None:
+        """None: the count of tokens on the device changes too."""
+
     def _update_store(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         store, num_new = self.store, k.shape[2]
         self._sync()

@@ -142,9 +142,8 @@ class TurboStore:
         If anything fails, the store is as it was.
         """
         num_tokens = self.num_tokens + k.shape[2]
-        if num_tokens < self._next_fill and new_padding is None:
-            self.append_op(k, v, None)
-            self.num_tokens = num_tokens
+        if num_tokens < self.next_fill and new_padding is None:
+            self.append_to_open_page(k, v, num_tokens)
             return
         padding = self.padding if new_padding is None else self.padding + new_padding
         left = None if new_padding is None else left_padding_tensor(new_padding, k.device)
@@ -156,6 +155,11 @@ class TurboStore:
             self._close_pages(cells)
             raise
         vars(self).update(counts)
+
+    def append_to_open_page(self, k: Tensor, v: Tensor, num_tokens: int) -> None:
+        """Stores tokens that fill no page: all there will be are fewer than ``next_fill``."""
+        self.append_op(k, v, None)
+        self.num_tokens = num_tokens
 
     def append_op(self, k: Tensor, v: Tensor, left_padding: Tensor | None) -> None:
         """The op alone: pages that fill must have blocks, and the host's count is not kept."""
@@ -355,7 +359,7 @@ def token_counts(num_tokens: int, padding: np.ndarray) -> dict[str, object]:
         "num_tokens": num_tokens,
         "padding": padding,
         # At which count the next page of any sequence fills.
-        "_next_fill": int(fills.min()) if len(fills) else num_tokens + PAGE_TOKENS,
+        "next_fill": int(fills.min()) if len(fills) else num_tokens + PAGE_TOKENS,
         # Asked in every step, so kept as plain values.
         "is_padded": bool(padding.any()),
         "may_have_empty": not lens.all(),

@@ -55,6 +55,7 @@ class TurboLayer(CacheLayerMixin):
         # K and V as they came, while there is no store; a list, so that they change together.
         self._exact: list[Tensor] | None = None
         self._exact_padding: np.ndarray | None = None
+        self._is_away = False  # on another device than the model
         self.unsupported: str | None = None
         self.dtype: torch.dtype | None = None
         self.device: torch.device | None = None
@@ -117,6 +118,11 @@ class TurboLayer(CacheLayerMixin):
 
     get_max_cache_shape = get_max_length  # its name in transformers before 5.18
 
+    def shape_of(self, num_tokens: int) -> tuple[int, int, int, int]:
+        """Shape of K and of V with so many tokens."""
+        batch, kv_heads, head_dim = self._k_shape
+        return batch, kv_heads, num_tokens, head_dim
+
     @property
     def batch_size(self) -> int:
         if self._k_shape is None:
@@ -167,6 +173,8 @@ class TurboLayer(CacheLayerMixin):
         return self._update(key_states, value_states)
 
     def _update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.store is not None and (views := self._step(k, v)) is not None:
+            return views
         first = not self.is_initialized
         try:
             if first:
@@ -190,6 +198,34 @@ class TurboLayer(CacheLayerMixin):
     @torch.compiler.disable(reason="this update of a TurboCache changes more than tensors")
     def _update_on_host(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return self._update(k, v)
+
+    def _step(self, k: Tensor, v: Tensor) -> tuple[LazyKV, LazyKV] | None:
+        """An update by tokens that fill no page, or None if it is more than that.
+
+        While a large model runs, code and data leave the caches between two steps, and each look at
+        a tensor then costs microseconds. So the op's checks stand for the layer's, except for the
+        one that it does not make; when it refuses, the layer's say why.
+        """
+        store = self.store
+        if (
+            self._is_away
+            or store.may_have_empty
+            or self.tracker.native is False
+            or torch.is_grad_enabled()
+            or k.dtype is not self.dtype
+        ):
+            return None
+        try:
+            num_tokens = store.num_tokens + k.shape[2]
+            if num_tokens >= store.next_fill:
+                return None
+            # Before the append: an update that fails has not happened.
+            views = LazyKV.pair(Snapshot(self, num_tokens))
+            store.append_to_open_page(k, v, num_tokens)
+        except Exception:
+            self._check_states(k, v)
+            raise
+        return views
 
     def _update_store(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         store = self.store
@@ -343,6 +379,7 @@ class TurboLayer(CacheLayerMixin):
             self._move(self.device)
 
     def _move(self, device: torch.device) -> None:
+        self._is_away = device != self.device
         if self.store is not None:
             if self.store.seq_lens.device != device:
                 self.store.to(device)

@@ -58,13 +58,12 @@ class LazyKV(Tensor):
     Tokens are rebuilt as they are stored at that time: once their page is full, at its width.
     """
 
-    snapshot: Snapshot
-    kv_idx: int
+    __slots__ = ("kv_idx", "snapshot")
 
     @staticmethod
     def __new__(cls, snapshot: Snapshot, kv_idx: int) -> LazyKV:
-        layer, store = snapshot.layer, snapshot.layer.store
-        shape = (store.batch, store.kv_heads, snapshot.width, store.head_dim)
+        layer = snapshot.layer
+        shape = layer.shape_of(snapshot.width)
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=layer.dtype, device=layer.device)
         self.snapshot = snapshot
         self.kv_idx = kv_idx
