@@ -62,6 +62,29 @@ def run_family(name: str, quick: bool, only: str, rounds: int, device: torch.dev
     return result
 
 
+def merged(old: dict, new: dict) -> dict:
+    """Cases of both results, those of ``new`` in place of ``old``'s; ceilings are the higher ones.
+
+    Raises:
+        SystemExit: if they are not of the same commit, device, versions and rounds.
+    """
+    for key in ("device", "isa", "threads", "commit", "modified", "torch"):
+        if old["machine"][key] != new["machine"][key]:
+            raise SystemExit(
+                f"--merge: the file's {key} must be {new['machine'][key]}, got "
+                f"{old['machine'][key]}"
+            )
+    if old["rounds"] != new["rounds"]:
+        raise SystemExit(f"--merge: the file's rounds must be {new['rounds']}, got {old['rounds']}")
+    names = {case["name"] for case in new["cases"]}
+    cases = [case for case in old["cases"] if case["name"] not in names] + new["cases"]
+    ceilings = {
+        name: max(old["ceilings"][name], ceiling, key=lambda c: c["value"])
+        for name, ceiling in new["ceilings"].items()
+    }
+    return {**new, "cases": cases, "ceilings": ceilings}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -72,6 +95,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="default 20, quick 5")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=pathlib.Path, help="directory for the JSON files")
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="keep the file's other cases, which must be of the same commit: a run in parts",
+    )
     args = parser.parse_args()
     rounds = args.rounds or (5 if args.quick else 20)
     if rounds < 1:
@@ -88,6 +116,8 @@ def main() -> None:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             path = out / f"{family}.json"
+            if args.merge and path.exists():
+                result = merged(json.loads(path.read_text()), result)
             path.write_text(json.dumps(result, indent=1) + "\n")
             print(f"\n{path}")
 

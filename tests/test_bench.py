@@ -83,3 +83,26 @@ def test_every_case_passes_its_check_and_runs(bench):
         cases._checked("case", 0.5, 0.1)
     with pytest.raises(SystemExit, match=r"relative error nan exceeds 0\.1"):
         cases._checked("case", float("nan"), 0.1)
+
+
+def test_parts_of_a_run_are_merged(bench):
+    from run import merged
+
+    def result(commit, read, *cases):
+        facts = ("device", "isa", "threads", "modified", "torch")
+        return {
+            "machine": {**dict.fromkeys(facts, "x"), "commit": commit},
+            "rounds": 20,
+            "ceilings": {"read": {"value": read, "unit": "GB/s"}},
+            "cases": [{"name": name, "of": read} for name in cases],
+        }
+
+    both = merged(result("a", 30.0, "decode", "append"), result("a", 20.0, "append", "prefill"))
+    assert [(case["name"], case["of"]) for case in both["cases"]] == [
+        ("decode", 30.0),
+        ("append", 20.0),
+        ("prefill", 20.0),
+    ]
+    assert both["ceilings"]["read"]["value"] == 30.0
+    with pytest.raises(SystemExit, match="the file's commit must be b, got a"):
+        merged(result("a", 1.0), result("b", 1.0))
