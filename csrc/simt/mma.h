@@ -87,6 +87,22 @@ inline void mma_m16n8k32_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint3
                             std::source_location where = std::source_location::current()) {
   simt::mma<simt::MmaS8>(simt::kMmaS8, d, a, b, where);
 }
+inline void mma_m16n8k32_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                            int32_t c,
+                            std::source_location where = std::source_location::current()) {
+  for (int32_t& x : d) x = c;
+  mma_m16n8k32_s8(d, a, b, where);
+}
+inline void mma_m16n8k16_s8(int32_t (&d)[4], const uint32_t (&a)[2], uint32_t b,
+                            std::source_location where = std::source_location::current()) {
+  const uint32_t wide_a[4] = {a[0], a[1], 0, 0}, wide_b[2] = {b, 0};
+  mma_m16n8k32_s8(d, wide_a, wide_b, where);
+}
+inline void mma_m16n8k16_s8(int32_t (&d)[4], const uint32_t (&a)[2], uint32_t b, int32_t c,
+                            std::source_location where = std::source_location::current()) {
+  for (int32_t& x : d) x = c;
+  mma_m16n8k16_s8(d, a, b, where);
+}
 inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                              std::source_location where = std::source_location::current()) {
   simt::mma<simt::MmaFloat>(simt::kMmaF16, d, a, b, where);

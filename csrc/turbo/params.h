@@ -88,6 +88,24 @@ struct Softmax {
   float sas_threshold;  // scores this far (negative) from the running maximum count as zero
 };
 
+/// First and last + 1 page of a part of the context.
+struct PageRange {
+  int64_t begin, end;
+};
+
+/// What any of a sequence's query tokens [first_token, last_token] can see.
+constexpr PageRange visible_pages(const Softmax& softmax, int64_t q_len, int64_t kv_len,
+                                  int64_t first_token, int64_t last_token) {
+  int64_t first_key = 0, end_key = kv_len;
+  if (softmax.causal) {
+    end_key = last_token + 1 + kv_len - q_len;
+    if (softmax.window > 0) first_key = first_token + 1 + kv_len - q_len - softmax.window;
+  }
+  if (first_key < 0) first_key = 0;
+  if (end_key <= first_key) return {0, 0};
+  return {first_key / kPageTokens, (end_key + kPageTokens - 1) / kPageTokens};
+}
+
 struct DecodeParams {
   InputView q;  // [batch, q_heads, q_len, head_dim]
   int64_t q_heads, q_len;

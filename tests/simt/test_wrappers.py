@@ -243,6 +243,20 @@ def test_matrix_products(results, name, dtype, depth):
     assert torch.equal(actual, expected.double())
 
 
+@pytest.mark.parametrize("name", ["mma_s8_start", "mma_s8_half", "mma_s8_half_start"])
+def test_variants_of_the_integer_product(results, name):
+    a, b, c = operands(results[1]("mma_s8_in"), torch.int8, 32)
+    c = c.view(torch.int32)
+    if "start" in name:  # every element of a lane starts at the same number
+        c = c[:, :1].expand(32, 4)
+    if "half" in name:
+        a, b = a[:, :16], b[:16]
+    expected = (a @ b + accumulators(c)).to(torch.int64)
+    expected = (expected + 2**31) % WORD - 2**31
+    actual = accumulators(results[1](name).view(torch.int32).view(32, 4))
+    assert torch.equal(actual, expected.double())
+
+
 # ---- Everything at once
 
 

@@ -9,6 +9,7 @@
 #include "core/cuda/convert.cuh"
 #include "core/cuda/online_softmax.cuh"
 #include "core/cuda/packed.cuh"
+#include "core/cuda/recompute.cuh"
 #include "wrappers_support.h"
 
 namespace wrappers {
@@ -81,6 +82,7 @@ KVCORE_MAP(RoundEven, word(rintf(x)))
 KVCORE_MAP(Dp4aSigned, word(__dp4a(static_cast<int>(a), static_cast<int>(b), static_cast<int>(c))))
 KVCORE_MAP(Dp4aUnsigned, __dp4a(a, b, c))
 KVCORE_MAP(BytePerm, __byte_perm(a, b, c & 0x7777u))
+KVCORE_MAP(Recompute, word(recompute(static_cast<int>(a))))
 KVCORE_MAP(Popcount, word(__popc(a)))
 KVCORE_MAP(LeadingZeros, word(__clz(static_cast<int>(a))))
 KVCORE_MAP(FirstSet, word(__ffs(static_cast<int>(a))))
@@ -146,6 +148,7 @@ inline void arithmetic() {
   exact("dp4a_signed", map(words, Dp4aSigned{}));
   exact("dp4a_unsigned", map(words, Dp4aUnsigned{}));
   exact("byte_perm", map(words, BytePerm{}));
+  exact("recompute", map(words, Recompute{}));
   exact("popc", map(words, Popcount{}));
   exact("clz", map(words, LeadingZeros{}));
   exact("ffs", map(words, FirstSet{}));

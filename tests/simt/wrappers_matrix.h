@@ -40,17 +40,22 @@ void ldmatrix(const char* name) {
   exact(name, out.values());
 }
 
-enum class Mma { kS8, kF16, kBf16, kTf32 };
+enum class Mma { kS8, kS8Start, kS8Half, kS8HalfStart, kF16, kBf16, kTf32 };
 
 // Per lane: 4 words of A, 2 of B, 4 of the accumulator.
 template <Mma kType>
 __global__ void mma_kernel(const uint32_t* in, uint32_t* out) {
   const uint32_t* own = in + 10 * threadIdx.x;
   const uint32_t a[4] = {own[0], own[1], own[2], own[3]}, b[2] = {own[4], own[5]};
-  if constexpr (kType == Mma::kS8) {
+  if constexpr (kType < Mma::kF16) {
     int32_t d[4];
     for (int i = 0; i < 4; ++i) d[i] = static_cast<int32_t>(own[6 + i]);
-    mma_m16n8k32_s8(d, a, b);
+    const uint32_t half_a[2] = {a[0], a[1]};
+    const int32_t start = d[0];
+    if constexpr (kType == Mma::kS8) mma_m16n8k32_s8(d, a, b);
+    if constexpr (kType == Mma::kS8Start) mma_m16n8k32_s8(d, a, b, start);
+    if constexpr (kType == Mma::kS8Half) mma_m16n8k16_s8(d, half_a, b[0]);
+    if constexpr (kType == Mma::kS8HalfStart) mma_m16n8k16_s8(d, half_a, b[0], start);
     for (int i = 0; i < 4; ++i) out[4 * threadIdx.x + i] = static_cast<uint32_t>(d[i]);
   } else {
     float d[4];
@@ -153,6 +158,9 @@ inline void matrices() {
   const std::vector<uint32_t> words = random_words(320, 5);
   save("mma_s8_in", words.data(), 4 * words.size());
   exact("mma_s8", run_mma<Mma::kS8>(words));  // random accumulators: some sums wrap
+  exact("mma_s8_start", run_mma<Mma::kS8Start>(words));
+  exact("mma_s8_half", run_mma<Mma::kS8Half>(words));
+  exact("mma_s8_half_start", run_mma<Mma::kS8HalfStart>(words));
   const auto halves = float_fragments<Mma::kF16>(6, 0.5f, 15);
   const auto bfloats = float_fragments<Mma::kBf16>(7, 0.5f, 15);
   const auto tf32s = float_fragments<Mma::kTf32>(8, 0.5f, 15);

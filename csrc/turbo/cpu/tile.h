@@ -74,23 +74,6 @@ struct Partial {
   bool poisoned;
 };
 
-/// First and last + 1 page that any row of [first_row, first_row + num_rows) can see.
-struct PageRange {
-  int64_t begin, end;
-};
-
-constexpr PageRange visible_pages(const Softmax& softmax, int64_t q_len, int64_t kv_len,
-                                  int64_t first_token, int64_t last_token) {
-  int64_t first_key = 0, end_key = kv_len;
-  if (softmax.causal) {
-    end_key = last_token + 1 + kv_len - q_len;
-    if (softmax.window > 0) first_key = first_token + 1 + kv_len - q_len - softmax.window;
-  }
-  if (first_key < 0) first_key = 0;
-  if (end_key <= first_key) return {0, 0};
-  return {first_key / kPageTokens, (end_key + kPageTokens - 1) / kPageTokens};
-}
-
 // clang-format off
 KVCORE_ISA_DECLARE(
 /// Reads, balances and quantizes the rows of `source` and resets their state.

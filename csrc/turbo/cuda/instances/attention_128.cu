@@ -1,0 +1,3 @@
+#include "turbo/cuda/attention_launch.cuh"
+
+template void kvcore::turbo::launch_attention<128>(const AttentionArgs&);

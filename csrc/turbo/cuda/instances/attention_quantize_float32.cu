@@ -1,0 +1,3 @@
+#include "turbo/cuda/attention_quantize_launch.cuh"
+
+template void kvcore::turbo::launch_attention_quantize<float>(const AttentionArgs&);

@@ -1,0 +1,3 @@
+#include "turbo/cuda/decode_launch.cuh"
+
+template void kvcore::turbo::launch_decode<64, 16>(const DecodeArgs&, unsigned);
