@@ -174,7 +174,7 @@ struct TailScale {
 template <class T, int kRows, int kSlabs>
 __device__ inline float append_to_slot(const AppendArguments<kSlabs>& a, const AppendPlan& plan,
                                        const Lane& lane, int64_t page_idx, int first, int last,
-                                       uint8_t* slot, TailScale& tail) {
+                                       uint8_t* slot, int turn, TailScale& tail) {
   const int head_dim = a.store.head_dim;
   const bool opens = first == 0, is_whole = last - first == kPageTokens;
   // Read by all threads before one can write it: page_magnitude() is a barrier.
@@ -184,7 +184,7 @@ __device__ inline float append_to_slot(const AppendArguments<kSlabs>& a, const A
   Magnitude own;
   for_each_row<T, kRows>(a.rows[lane.kv], offset, first, last, calibration,
                          [&](int token, const float (&x)[kTileChannels]) { own.add(token, x); });
-  const Magnitude size = page_magnitude(own, head_dim, static_cast<int>(page_idx % 2));
+  const Magnitude size = page_magnitude(own, head_dim, turn);
   tail.update(size, page_idx == plan.last_page(), a.tail_margin, a.tail_scale + lane.row);
   if (opens) {
     scale = is_whole ? scale_of_page(size) : tail.scale;
@@ -234,14 +234,15 @@ __global__ void __launch_bounds__(kMaxHeadDim + kWarpSize)
 
   TailScale tail{is_planned ? bulk_amax(a, plan, lane) : 0, a.tail_scale[lane.row]};
   int64_t page_idx = plan.first_page();
+  int turn = 0;
   do {
     if (page_idx == plan.bulk_begin()) page_idx = plan.bulk_end();
     const int64_t page_begin = page_idx * kPageTokens, left = plan.end - page_begin;
     const int first = plan.begin > page_begin ? static_cast<int>(plan.begin - page_begin) : 0;
     const int last = left < kPageTokens ? static_cast<int>(left) : kPageTokens;
     uint8_t* slot = tail_block(a.store, lane.row, page_idx);
-    const float scale =
-        append_to_slot<T, kOneToken ? 1 : 4>(a, plan, lane, page_idx, first, last, slot, tail);
+    const float scale = append_to_slot<T, kOneToken ? 1 : 4>(a, plan, lane, page_idx, first, last,
+                                                             slot, turn++, tail);
     if (last == kPageTokens) {
       store_block(load_block(slot, lane.kv, 8, head_dim), lane.kv, head_dim, scale,
                   pool_block(a.store, lane.row, page_idx));

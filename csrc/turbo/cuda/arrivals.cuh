@@ -34,20 +34,25 @@ inline unsigned long long arrivals_key() {
 /// called it: for the last one, and for any other that comes close to it.
 __device__ inline bool all_arrived(const Arrivals& arrivals, int64_t group, int64_t members,
                                    int64_t member) {
-  volatile unsigned long long* words = arrivals.words + group * members;
+  unsigned long long* words = arrivals.words + group * members;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   if (lane == 0) {
     __threadfence();
-    words[member] = arrivals.key;
+    atomicExch(words + member, arrivals.key);
     // Of two CTAs at least one sees the word of the other.
     __threadfence();
   }
   __syncwarp();
   bool all = true;
-  for (int64_t i = lane; i < members; i += kWarpSize) all = all && words[i] == arrivals.key;
+  for (int64_t i = lane; i < members; i += kWarpSize) {
+    all = all && atomicAdd(words + i, 0ull) == arrivals.key;
+  }
+  // What follows in any lane comes after what the CTAs of all words had read.
+  __threadfence();
+  __syncwarp();
   all = __all_sync(kAllLanes, all);
   if (all) {
-    for (int64_t i = lane; i < members; i += kWarpSize) words[i] = 0;
+    for (int64_t i = lane; i < members; i += kWarpSize) atomicExch(words + i, 0ull);
   }
   return all;
 }
