@@ -8,16 +8,18 @@ that were raised with how often, and what went wrong.
 import collections
 import copy
 import ctypes
+import functools
 import json
 import sys
 
+import numpy as np
 import torch
 
 import cache_tools
 import cases
 from cases import Shape, make_qkv
 from compare import assert_bitwise_equal
-from kvcore.cache import TurboSettings
+from kvcore.cache import TurboLayer, TurboSettings
 from kvcore.cache.static_layer import StaticTurboLayer
 
 OPS = torch.ops.kvcore
@@ -91,9 +93,9 @@ class OpCase:
 
 
 class CacheCase:
-    """One update of a layer of the cache."""
+    """One call on a layer of the cache, by default an update."""
 
-    def __init__(self, tokens, num_new, static):
+    def __init__(self, tokens, num_new=0, static=False, action=None):
         generator = torch.Generator().manual_seed(0)
         self.fresh = cache_tools.turbo_layer(v_bits=2)
         if static:
@@ -101,14 +103,15 @@ class CacheCase:
         if tokens:
             self.fresh.update(*cache_tools.random_kv(generator, 2, tokens))
         self.new = cache_tools.random_kv(generator, 2, num_new)
+        self.action = action or (lambda layer: layer.update(*self.new))
         self.before = cache_tools.snapshot(self.fresh)
         self.restore()
-        self.expected = copied(self.call())
+        self.expected = copied(self.call() or ())
         self.after = cache_tools.snapshot(self.layer)
         self.restore()
 
     def call(self):
-        return self.layer.update(*self.new)
+        return self.action(self.layer)
 
     def restore(self):
         self.layer = copy.deepcopy(self.fresh)
@@ -117,14 +120,14 @@ class CacheCase:
         cache_tools.assert_unchanged(self.layer, self.before)
 
     def check_done(self, result):
-        assert_same(copied(result), self.expected, "result")
+        assert_same(copied(result or ()), self.expected, "result")
         cache_tools.assert_unchanged(self.layer, self.after)
         store = self.layer.synced_store()
         if store is not None:
             # A block that was taken for nothing is found again.
             store.collect()
             used = sum(store.pool.num_used(bits) for bits in (8, 4, 2))
-            named = int((store.host_table >= 0).sum())
+            named = len(np.unique(store.host_table[store.host_table >= 0]))
             assert used == named, f"{used} blocks are in use, {named} named"
 
 
@@ -161,13 +164,20 @@ UPDATES = ((0, 5), (60, 10), (70, 1), (127, 1), (70, 200), (0, 100))
 
 
 def cache_cases():
-    return {
-        f"{'static' if static else 'dynamic'}_{tokens}+{num_new}": CacheCase(
-            tokens, num_new, static
-        )
-        for tokens, num_new in UPDATES
-        for static in (False, True)
-    }
+    """Updates of both kinds of layers; what else changes one that grows."""
+    found = {}
+    for tokens, num_new in UPDATES:
+        for static in (False, True):
+            name = f"{'static' if static else 'dynamic'}_{tokens}+{num_new}"
+            found[name] = CacheCase(tokens, num_new, static)
+    for tokens in (30, 200):
+        for dropped in (3, 25, 150)[: 2 if tokens == 30 else 3]:
+            crop = functools.partial(TurboLayer.crop, tokens_to_remove=-dropped)
+            found[f"crop_{tokens}-{dropped}"] = CacheCase(tokens, action=crop)
+        order = torch.tensor([1, 1, 0])
+        select = functools.partial(TurboLayer.batch_select_indices, indices=order)
+        found[f"select_{tokens}"] = CacheCase(tokens, action=select)
+    return found
 
 
 def run(malloc, case, failures, min_bytes):

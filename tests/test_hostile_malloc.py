@@ -36,7 +36,7 @@ def preload(tmp_path_factory):
     [
         pytest.param("ops", 1, 12, OP_ERRORS, id="ops-1-thread"),
         pytest.param("ops", 2, 12, OP_ERRORS, id="ops-2-threads"),
-        pytest.param("caches", 1, 12, CACHE_ERRORS, id="caches"),
+        pytest.param("caches", 1, 19, CACHE_ERRORS, id="caches"),
     ],
 )
 def test_every_allocation_may_fail(preload, what, threads, num_cases, allowed):

@@ -228,22 +228,25 @@ class TurboStore:
         new_lens = num_tokens - padding
         with ordinary_tensors():
             lens = torch.from_numpy(new_lens.astype(np.int32)).to(self.seq_lens.device)
-            dropped = self._pages_after(new_lens)
+            table = self._table_of(new_lens)
             counts = token_counts(num_tokens, padding)
             ops.turbo_rewind(self.pool.slabs, self.block_table, self.tail, self.seq_lens, lens)
         vars(self).update(counts)
-        if len(dropped[1]):
-            self._close_pages(dropped)
+        if table is not None:
+            self._may_have_garbage = True
+            self.host_table[...] = table
+            self._publish_table()
 
-    def _pages_after(self, new_lens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sequences and pages of the blocks that are not needed once these lengths are left.
+    def _table_of(self, new_lens: np.ndarray) -> np.ndarray | None:
+        """The table once these lengths are left; None if it stays as it is.
 
         A page that was full and is open again keeps no block: another sequence may share it.
         """
-        left, old = new_lens // PAGE_TOKENS, self.lens() // PAGE_TOKENS
-        pages = np.arange(int(left.min(initial=0)), int(old.max(initial=0)))
-        sequences, columns = np.nonzero((pages >= left[:, None]) & (pages < old[:, None]))
-        return sequences, pages[columns]
+        left = new_lens // PAGE_TOKENS
+        if (left == self.lens() // PAGE_TOKENS).all():
+            return None
+        is_dropped = np.arange(self.host_table.shape[3]) >= left[:, None, None, None]
+        return np.where(is_dropped, np.int32(-1), self.host_table)
 
     def select(self, indices: list[int]) -> None:
         """Makes sequence i the former sequence ``indices[i]``; blocks are shared, not copied."""
