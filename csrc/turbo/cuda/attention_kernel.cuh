@@ -49,11 +49,11 @@ class AttentionWarp {
   __device__ void attend(const uint8_t* page, int key, float threshold) {
     // Rows are sorted by token, and so are the ends of what they see.
     if (key >= queries_.end_key[last_row_] || key + kPageTokens <= queries_.first_key[row_]) return;
+    // Those of K and V, read where they are used: at head_dim 128 each register more would spill.
     const float* scales = reinterpret_cast<const float*>(page + prefill_scales_offset(kHeadDim));
-    const float k_scale = scales[0], v_scale = scales[1];
     const int thread = recompute(static_cast<int>(threadIdx.x)) % kWarpSize;
     const LaneIndex lane = {thread / 4, thread % 4};
-    if (k_scale != k_scale || v_scale != v_scale) {
+    if (scales[0] != scales[0] || scales[1] != scales[1]) {
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         LaneRows<2> rows = load_rows(tile);
@@ -74,7 +74,7 @@ class AttentionWarp {
     for (int tile = 0; tile < kTiles; ++tile) {
       const auto page_row = [&](int h) -> PageRow {
         const int row = row_ + 16 * tile + lane.g + 8 * h;
-        return {queries_.factor[row] * k_scale, queries_.first_key[row] - key,
+        return {queries_.factor[row] * scales[0], queries_.first_key[row] - key,
                 queries_.end_key[row] - key};
       };
       LaneRows<2> rows = load_rows(tile);
@@ -88,7 +88,7 @@ class AttentionWarp {
     for (int tile = 0; tile < kTiles; ++tile) {
       outputs_[tile].scale(weights[tile].decay);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) weights[tile].weight[h] *= v_scale;
+      for (int h = 0; h < 2; ++h) weights[tile].weight[h] *= scales[1];
     }
     add_values(fragments + kPageTokens * kHeadDim, weights);
   }
