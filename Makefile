@@ -118,6 +118,8 @@ amx: $(INSTALL_STAMP)
 # kvcore_simt alone is built again and tested beside the normal build. SIMT_SEED draws an order of
 # threads and blocks; without it they run in order.
 SIMT_SEED ?=
+# Which tests: CI takes those marked asan, which execute every kernel.
+SIMT_TESTS ?= simt and not slow
 export KVCORE_SIMT_SEED = $(SIMT_SEED)
 SIMT_DIR := $(CURDIR)/build/simt
 TSAN_DIR := $(CURDIR)/build/tsan
@@ -129,7 +131,7 @@ simt: build
 	$(call build_simt,$(SIMT_DIR),-DKVCORE_SANITIZE=ON)
 	@mkdir -p $(ASAN_DIR) && rm -f $(ASAN_DIR)/report.*
 	KVCORE_SIMT_LIBRARY=$(SIMT_DIR)/kvcore_simt.so $(with_asan) \
-	  $(RUN_TESTS) -m "simt and not slow" $(PYTEST_ARGS) \
+	  $(RUN_TESTS) -m "$(SIMT_TESTS)" $(PYTEST_ARGS) \
 	  || { cat $(ASAN_DIR)/report.* 2>/dev/null; exit 1; }
 
 # Races are sought in what kvcore_simt was compiled from, not in torch.

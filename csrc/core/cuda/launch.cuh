@@ -41,9 +41,12 @@ inline void check_cuda(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string(what) + ": CUDA error: " + cudaGetErrorString(error));
 }
 
-inline std::string kernel_name(const void* kernel) {
+inline std::string kernel_name([[maybe_unused]] const void* kernel) {
   const char* symbol = nullptr;
-  if (cudaFuncGetName(&symbol, kernel) != cudaSuccess || symbol == nullptr) return "a kernel";
+#if CUDART_VERSION >= 12030
+  if (cudaFuncGetName(&symbol, kernel) != cudaSuccess) symbol = nullptr;
+#endif
+  if (symbol == nullptr) return "a kernel";
   int status = 0;
   char* demangled = abi::__cxa_demangle(symbol, nullptr, nullptr, &status);
   const std::string name = status == 0 ? demangled : symbol;
