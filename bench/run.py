@@ -1,9 +1,9 @@
 """Times kvcore against its peers, side by side in one process, and writes JSON.
 
-    python bench/run.py [--family turbo] [--quick] [--cases TEXT] [--rounds N] [--out DIR]
+    python bench/run.py [--family turbo|gdn] [--quick] [--cases TEXT] [--rounds N] [--out DIR]
                          [--device cpu|cuda]
 
-Each case is checked against fp32 attention before it is timed. A full run writes
+Each case is checked against fp32 results before it is timed. A full run writes
 `results/<device>/<family>.json` beside this file; --quick and --cases write only with --out.
 """
 
@@ -18,8 +18,10 @@ import report
 import torch
 from timer import CacheFlusher, interleave, summary
 
-from cases import FAMILIES
+import cases
+import gdn_cases
 
+FAMILIES = {**cases.FAMILIES, "gdn": gdn_cases.gdn}
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 
 

@@ -13,7 +13,7 @@ BENCH = pathlib.Path(__file__).resolve().parent.parent / "bench"
 def bench(monkeypatch):
     """Imports come from bench/, whose `cases` is not the one beside this file."""
     monkeypatch.syspath_prepend(str(BENCH))
-    names = [path.stem for path in BENCH.glob("*.py")] + ["peers", "peers.turbo"]
+    names = [path.stem for path in BENCH.glob("*.py")] + ["peers", "peers.gdn", "peers.turbo"]
     others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     yield
     for name in names:

@@ -1,0 +1,155 @@
+"""Cases of the gated delta rule: scan, backward, decode with a pool of states, convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from peers import gdn as peers
+from torch import Tensor
+
+import kvcore
+from cases import Case, Variant, _checked, _relative_error
+
+K_HEADS, V_HEADS, HEAD_DIM, CHUNK = 16, 32, 128, 64
+# The peers compute in fp32 what ours rounds to bf16; see csrc/gdn/README.md.
+MAX_ERROR, MAX_GRADIENT_ERROR = 5e-3, 8e-3
+# Multiply-adds per chunk and value head, from csrc/gdn/README.md.
+FORWARD_MACS = 3 * CHUNK * HEAD_DIM**2 + 2 * CHUNK**2 * HEAD_DIM
+BACKWARD_MACS = 9 * CHUNK * HEAD_DIM**2 + 6.5 * CHUNK**2 * HEAD_DIM + CHUNK**3
+
+
+def _inputs(num_tokens: int, batch: int = 1) -> list[Tensor]:
+    """q, k, v and beta in bf16, g in fp32; a quarter of the heads never decays."""
+    generator = torch.Generator().manual_seed(num_tokens)
+
+    def normal(heads: int) -> Tensor:
+        return torch.randn(batch, num_tokens, heads, HEAD_DIM, generator=generator).bfloat16()
+
+    q, k, v = normal(K_HEADS), normal(K_HEADS), normal(V_HEADS)
+    g = F.logsigmoid(torch.randn(batch, num_tokens, V_HEADS, generator=generator)) / 4
+    g[..., ::4] = 0
+    beta = torch.randn(batch, num_tokens, V_HEADS, generator=generator).sigmoid().bfloat16()
+    return [q, k, v, g, beta]
+
+
+def _shape(num_tokens: int, batch: int = 1) -> dict[str, int]:
+    sizes = {"batch": batch, "num_tokens": num_tokens, "k_heads": K_HEADS, "v_heads": V_HEADS}
+    return {**sizes, "k_dim": HEAD_DIM, "v_dim": HEAD_DIM}
+
+
+def _forward(num_tokens: int) -> Case:
+    inputs = _inputs(num_tokens)
+    case = Case(f"forward, {num_tokens} tokens", _shape(num_tokens), {})
+    theirs = peers.transformers_rule()
+    q, k, v, g, beta = inputs
+    options = {"use_qk_l2norm_in_kernel": True, "output_final_state": True}
+
+    def transformers():
+        return theirs(q, k, v, g=g, beta=beta, **options)[0]
+
+    def ours():
+        return kvcore.chunk_gated_delta_rule(q, k, v, g, beta, **options)[0]
+
+    expected = kvcore.chunk_gated_delta_rule(*(x.float() for x in inputs), **options)[0]
+    variants = {"transformers torch": transformers, "kvcore": ours}
+    vllm = peers.vllm_rule()
+    if vllm is not None:
+        variants["vLLM CPU"] = lambda: vllm(*inputs)
+    for name, run in variants.items():
+        error = _checked(name, _relative_error(run(), expected), MAX_ERROR)
+        case.variants[name] = Variant(run, 0, error)
+    chunks = num_tokens // CHUNK * V_HEADS
+    case.operations = 2 * FORWARD_MACS * chunks
+    return case
+
+
+def _backward(num_tokens: int) -> Case:
+    leaves = [x.requires_grad_() for x in _inputs(num_tokens)]
+    q, k, v, g, beta = leaves
+    case = Case(f"backward, {num_tokens} tokens", _shape(num_tokens), {})
+    theirs = peers.transformers_rule()
+    with torch.enable_grad():
+        outs = {
+            "transformers torch": theirs(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0],
+            "kvcore": kvcore.chunk_gated_delta_rule(q, k, v, g, beta, use_qk_l2norm_in_kernel=True)[
+                0
+            ],
+        }
+    d_out = v.detach().flip(1)
+
+    def gradients(out: Tensor) -> Tensor:
+        grads = torch.autograd.grad(out, leaves, d_out, retain_graph=True)
+        return torch.cat([x.flatten().float() for x in grads[:3]])
+
+    expected = gradients(outs["transformers torch"])
+    for name, out in outs.items():
+
+        def run(out=out):
+            return torch.autograd.grad(out, leaves, d_out, retain_graph=True)
+
+        error = _relative_error(gradients(out), expected)
+        error = _checked(name, error, MAX_GRADIENT_ERROR)
+        case.variants[name] = Variant(run, 0, error if name == "kvcore" else None)
+    chunks = num_tokens // CHUNK * V_HEADS
+    case.operations = int(2 * BACKWARD_MACS * chunks)
+    return case
+
+
+def _decode(batch: int) -> Case:
+    """One token of every sequence; the states are read and written, and counted once."""
+    inputs = _inputs(1, batch)
+    generator = torch.Generator().manual_seed(batch)
+    pool = torch.randn(batch, V_HEADS, HEAD_DIM, HEAD_DIM, generator=generator)
+    slots = torch.randperm(batch, generator=generator, dtype=torch.int32)
+    num_bytes = pool.numel() * pool.element_size()
+    name = f"decode, {batch} sequences, {num_bytes / 1e6:.0f} MB of states"
+    case = Case(name, _shape(1, batch), {})
+
+    def ours():
+        return kvcore.gdn_recurrent_step_(*inputs, pool, None, None, slots, qk_l2norm=True)
+
+    few = [x[:2] for x in inputs]
+    out, _ = kvcore.gdn_recurrent_step(*few, pool[:2], qk_l2norm=True)
+    expected = kvcore.gdn_chunk_scan(
+        *(x.float() for x in few), None, None, pool[:2], qk_l2norm=True
+    )[0]
+    error = _checked(name, _relative_error(out, expected), MAX_ERROR)
+    case.variants["x.mul_(a) of the states"] = Variant(lambda: pool.mul_(0.999), num_bytes)
+    case.variants["kvcore in place"] = Variant(ours, num_bytes, error)
+    return case
+
+
+def _conv(num_tokens: int) -> Case:
+    channels = (2 * K_HEADS + V_HEADS) * HEAD_DIM
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, num_tokens, channels, generator=generator).bfloat16().transpose(1, 2)
+    weight = torch.randn(channels, 4, generator=generator).bfloat16()
+    sizes = {"channels": channels, "num_tokens": num_tokens, "width": 4}
+    case = Case(f"convolution, {num_tokens} tokens", sizes, {})
+
+    def theirs():
+        y = F.conv1d(x, weight[:, None], padding=3, groups=channels)
+        return F.silu(y[:, :, :num_tokens])
+
+    def ours():
+        return kvcore.gdn_conv1d(x, weight, silu=True)
+
+    expected = kvcore.gdn_conv1d(x.float(), weight.float(), silu=True)
+    for name, run in {"torch": theirs, "kvcore": ours}.items():
+        error = _checked(name, _relative_error(run(), expected), 1e-2)
+        case.variants[name] = Variant(run, 2 * x.numel() * x.element_size(), error)
+    return case
+
+
+def gdn(quick: bool, device: torch.device) -> Iterator[Callable[[], Case]]:
+    """Cases of the gdn family, each built only when its turn comes. There are none for a GPU."""
+    if device.type != "cpu":
+        return
+    yield lambda: _forward(512)
+    yield lambda: _conv(512 if quick else 4096)
+    if not quick:
+        yield lambda: _forward(4096)
+        yield lambda: _backward(4096)
+        yield lambda: _decode(300)
