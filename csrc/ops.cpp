@@ -92,4 +92,25 @@ STABLE_TORCH_LIBRARY(KVCORE_LIBRARY, m) {
   m.def(
       "gdn_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias=None, "
       "Tensor? state_indices=None, *, bool silu=False, bool check_values=False) -> Tensor");
+
+  // ---- lexico: the store of codes
+  m.def(
+      "lexico_append(Tensor k_indices, Tensor k_coefficients, Tensor k_scale, Tensor v_indices, "
+      "Tensor v_coefficients, Tensor v_scale, Tensor(a!) k_tail, Tensor(b!) v_tail, "
+      "Tensor(c!) tail_lens, *, bool check_values=False) -> ()");
+  m.def(
+      "lexico_seal(Tensor k_tail, Tensor v_tail, *, int v_atoms) -> (Tensor k_block, Tensor "
+      "v_block)");
+  m.def(
+      "lexico_unseal(Tensor k_block, Tensor v_block, *, int k_sparsity, int v_sparsity, "
+      "int v_atoms) -> (Tensor k_tail, Tensor v_tail)");
+  m.def(
+      "lexico_unpack(Tensor tail, *, int kv_len) "
+      "-> (Tensor indices, Tensor coefficients, Tensor scale)");
+  m.def(
+      "lexico_attention(Tensor q, Tensor[] k_blocks, Tensor[] v_blocks, Tensor k_tail, "
+      "Tensor v_tail, Tensor tail_lens, Tensor k_dictionary, Tensor v_dictionary, "
+      "Tensor? k_buffer=None, Tensor? v_buffer=None, Tensor? buffer_lens=None, "
+      "Tensor? left_padding=None, *, bool causal=True, float? scale=None, int? window=None, "
+      "bool check_values=False) -> (Tensor out, Tensor lse)");
 }

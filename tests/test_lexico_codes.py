@@ -7,16 +7,12 @@ import torch
 from sklearn.linear_model import orthogonal_mp
 
 import kvcore
-from cases import BF16, DTYPES, F32, HEAD_DIMS, LAYOUTS, each_backend, normal, with_layout
+from cases import BF16, DTYPES, F32, HEAD_DIMS, LAYOUTS, normal, with_layout
 from compare import assert_bitwise_equal, assert_close
 from kvcore.reference import lexico
+from lexico_cases import each_backend, make_dictionary
 
 NAMES = ("indices", "coefficients", "scale", "residual")
-
-
-def make_dictionary(atoms, head_dim, seed=7):
-    dictionary = normal(atoms, head_dim, seed=seed)
-    return dictionary / dictionary.norm(dim=1, keepdim=True)
 
 
 def same_support(actual, expected):

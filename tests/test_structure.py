@@ -404,6 +404,11 @@ def test_python_constants_are_those_of_lexicos_layout():
     text = code(CSRC / "lexico" / "layout.h")
     layout = dict(re.findall(r"constexpr \w+ (k\w+) = ([^;]+);", text))
     codes = sys.modules["kvcore.reference.lexico.codes"]
+    store = sys.modules["kvcore.reference.lexico.store"]
+    fake = sys.modules["kvcore.ops.fake"]
+    assert int(layout["kTileTokens"]) == store.TILE_TOKENS == fake.TILE_TOKENS
+    assert int(layout["kBlockTiles"]) == store.BLOCK_TILES == fake.BLOCK_TILES
+    assert int(layout["kBlockAlignment"]) == store.BLOCK_ALIGNMENT
     assert int(layout["kCoefficientMax"]) == codes.COEFFICIENT_MAX
     assert int(layout["kE4M3Max"]) == codes.E4M3_MAX
     assert float.fromhex(layout["kStopCorrelation"]) == codes.STOP_CORRELATION

@@ -28,6 +28,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lexico_encode(const Tensor& x, const 
 Tensor lexico_reconstruct(const Tensor& indices, const Tensor& coefficients, const Tensor& scale,
                           const Tensor& dictionary, ScalarType dtype, bool check_values);
 
+void lexico_append(const Tensor& k_indices, const Tensor& k_coefficients, const Tensor& k_scale,
+                   const Tensor& v_indices, const Tensor& v_coefficients, const Tensor& v_scale,
+                   const Tensor& k_tail, const Tensor& v_tail, const Tensor& tail_lens,
+                   bool check_values);
+
+std::tuple<Tensor, Tensor> lexico_seal(const Tensor& k_tail, const Tensor& v_tail, int64_t v_atoms);
+
+std::tuple<Tensor, Tensor> lexico_unseal(const Tensor& k_block, const Tensor& v_block,
+                                         int64_t k_sparsity, int64_t v_sparsity, int64_t v_atoms);
+
+std::tuple<Tensor, Tensor, Tensor> lexico_unpack(const Tensor& tail, int64_t kv_len);
+
+std::tuple<Tensor, Tensor> lexico_attention(
+    const Tensor& q, const std::vector<Tensor>& k_blocks, const std::vector<Tensor>& v_blocks,
+    const Tensor& k_tail, const Tensor& v_tail, const Tensor& tail_lens, const Tensor& k_dictionary,
+    const Tensor& v_dictionary, const std::optional<Tensor>& k_buffer,
+    const std::optional<Tensor>& v_buffer, const std::optional<Tensor>& buffer_lens,
+    const std::optional<Tensor>& left_padding, bool causal, std::optional<double> scale,
+    std::optional<int64_t> window, bool check_values);
+
 // ---- Checks shared by the ops (op_check.cpp). All throw before anything is written.
 
 /// The values of a contiguous tensor of T, where they can or must be read on the host.
@@ -66,6 +86,26 @@ CoefficientType check_codes(const char* op, const char* indices_name, const Tens
 /// Every index names an atom.
 void check_indices(const char* op, const char* argument, const Tensor& indices, int64_t atoms,
                    bool wanted);
+
+/// uint8 [batch, kv_heads, tiles, bytes] (kAnySize where any will do); returns its sparsity.
+int64_t check_tail(const char* op, const char* argument, const Tensor& tail, int64_t batch,
+                   int64_t kv_heads, int64_t tiles, const Tensor& like);
+
+/// uint8 [batch, kv_heads, bytes], of at least min_bytes bytes.
+Block check_block(const char* op, const std::string& argument, const Tensor& block, int64_t batch,
+                  int64_t kv_heads, int64_t min_bytes, const Tensor& like);
+
+/// Shape of an int32 [batch] tensor and, where readable, 0 <= value <= limit.
+HostValues<int32_t> check_lens(const char* op, const char* argument, const Tensor& lens,
+                               const Tensor& like, int64_t batch, int64_t limit, bool wanted);
+
+/// What is written may overlap no other argument: what was checked would change under the op.
+struct NamedTensor {
+  const char* name;
+  const Tensor& tensor;
+};
+void check_disjoint(const char* op, std::initializer_list<NamedTensor> written,
+                    std::initializer_list<NamedTensor> read);
 
 /// `name[i, j]`, for messages about one element.
 std::string element_name(const char* name, std::initializer_list<int64_t> indices);

@@ -21,6 +21,7 @@ HostValues<T>::HostValues(const Tensor& tensor, bool wanted) {
 }
 template class HostValues<float>;
 template class HostValues<int16_t>;
+template class HostValues<int32_t>;
 
 void check_tensor(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype,
                   std::initializer_list<int64_t> shape, const Tensor& like) {
@@ -90,6 +91,58 @@ void check_indices(const char* op, const char* argument, const Tensor& indices, 
              element_name(argument, {i / sparsity / tokens / heads, i / sparsity / tokens % heads,
                                      i / sparsity % tokens, i % sparsity}),
              "in [0, " + std::to_string(atoms) + ")", values[i]);
+  }
+}
+
+int64_t check_tail(const char* op, const char* argument, const Tensor& tail, int64_t batch,
+                   int64_t kv_heads, int64_t tiles, const Tensor& like) {
+  const bool is_tail = tail.dim() == 4 && tile_width(tail.size(3)) != 0;
+  KV_CHECK(is_tail, op, argument,
+           "[batch, kv_heads, tiles, bytes] with bytes 64 + 96 * sparsity, sparsity 1 to " +
+               std::to_string(kMaxSparsity),
+           binding::format_shape(tail));
+  check_tensor(op, argument, tail, ScalarType::Byte, {batch, kv_heads, tiles, tail.size(3)}, like);
+  return tile_width(tail.size(3));
+}
+
+Block check_block(const char* op, const std::string& argument, const Tensor& block, int64_t batch,
+                  int64_t kv_heads, int64_t min_bytes, const Tensor& like) {
+  check_tensor(op, argument.c_str(), block, ScalarType::Byte, {batch, kv_heads, binding::kAnySize},
+               like);
+  const int64_t bytes = block.size(2);
+  KV_CHECK(bytes >= min_bytes && bytes % kBlockAlignment == 0, op, argument,
+           "of a multiple of " + std::to_string(kBlockAlignment) + " bytes a head, at least " +
+               std::to_string(min_bytes),
+           bytes);
+  return {.data = binding::data<uint8_t>(block), .bytes = bytes};
+}
+
+HostValues<int32_t> check_lens(const char* op, const char* argument, const Tensor& lens,
+                               const Tensor& like, int64_t batch, int64_t limit, bool wanted) {
+  check_tensor(op, argument, lens, ScalarType::Int, {batch}, like);
+  HostValues<int32_t> values(lens, wanted);
+  for (int64_t b = 0; values.readable() && b < batch; ++b) {
+    KV_CHECK(values[b] >= 0 && values[b] <= limit, op, element_name(argument, {b}),
+             "in [0, " + std::to_string(limit) + "]", values[b]);
+  }
+  return values;
+}
+
+void check_disjoint(const char* op, std::initializer_list<NamedTensor> written,
+                    std::initializer_list<NamedTensor> read) {
+  const auto overlap = [](const Tensor& a, const Tensor& b) {
+    const uint8_t *x = binding::data<uint8_t>(a), *y = binding::data<uint8_t>(b);
+    const int64_t x_bytes = a.numel() * static_cast<int64_t>(a.element_size());
+    const int64_t y_bytes = b.numel() * static_cast<int64_t>(b.element_size());
+    return x_bytes > 0 && y_bytes > 0 && x < y + y_bytes && y < x + x_bytes;
+  };
+  for (const NamedTensor* a = written.begin(); a != written.end(); ++a) {
+    const auto check = [&](const NamedTensor& b) {
+      KV_CHECK(!overlap(a->tensor, b.tensor), op, a->name, "in memory of its own",
+               std::string("that of ") + b.name);
+    };
+    for (const NamedTensor* b = a + 1; b != written.end(); ++b) check(*b);
+    for (const NamedTensor& b : read) check(b);
   }
 }
 

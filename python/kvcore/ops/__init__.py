@@ -15,7 +15,15 @@ from kvcore.ops.gdn import (
     gdn_recurrent_step_,
 )
 from kvcore.ops.gdn_fla import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
-from kvcore.ops.lexico import lexico_encode, lexico_reconstruct
+from kvcore.ops.lexico import (
+    lexico_append,
+    lexico_attention,
+    lexico_encode,
+    lexico_reconstruct,
+    lexico_seal,
+    lexico_unpack,
+    lexico_unseal,
+)
 from kvcore.ops.merge import merge_attention
 from kvcore.ops.turbo import (
     turbo_append,
@@ -39,8 +47,13 @@ __all__ = [
     "gdn_conv1d_update",
     "gdn_recurrent_step",
     "gdn_recurrent_step_",
+    "lexico_append",
+    "lexico_attention",
     "lexico_encode",
     "lexico_reconstruct",
+    "lexico_seal",
+    "lexico_unpack",
+    "lexico_unseal",
     "merge_attention",
     "turbo_append",
     "turbo_attention",

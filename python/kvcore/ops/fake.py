@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 TAIL_SLOTS, PAGE_TOKENS, HEADER_BYTES = 2, 64, 64
+TILE_TOKENS, BLOCK_TILES = 32, 128
 _INPUTS = ("q", "k", "v", "x")
 
 
@@ -37,8 +38,8 @@ def register_fake(name: str, dims: int = 4):
             for argument, value in zip(names, args, strict=False):
                 if isinstance(value, Tensor):
                     tensors.append((argument, value))
-                elif argument == "pool":
-                    tensors += [(f"pool[{i}]", slab) for i, slab in enumerate(value)]
+                elif isinstance(value, list | tuple):
+                    tensors += [(f"{argument}[{i}]", x) for i, x in enumerate(value)]
             for argument, value in tensors:
                 _check(name, argument, value, *tensors[0], dims)
             return function(*args, **kwargs)
@@ -155,6 +156,42 @@ def _(indices, coefficients, scale, dictionary, *, dtype=torch.float32, check_va
     return dictionary.new_empty((*indices.shape[:3], dictionary.shape[1]), dtype=dtype)
 
 
+@register_fake("lexico_append")
+def _(*args, **kwargs):
+    return None
+
+
+@register_fake("lexico_seal")
+def _(k_tail, v_tail, *, v_atoms):
+    # How many pairs are not zero depends on the values.
+    sizes = [torch.library.get_ctx().new_dynamic_size() for _ in range(2)]
+    return tuple(k_tail.new_empty((*k_tail.shape[:2], size)) for size in sizes)
+
+
+@register_fake("lexico_unseal")
+def _(k_block, v_block, *, k_sparsity, v_sparsity, v_atoms):
+    return tuple(
+        k_block.new_empty((*k_block.shape[:2], BLOCK_TILES, TILE_TOKENS * (3 * sparsity + 2)))
+        for sparsity in (k_sparsity, v_sparsity)
+    )
+
+
+@register_fake("lexico_unpack")
+def _(tail, *, kv_len):
+    sparsity = (tail.shape[3] // TILE_TOKENS - 2) // 3
+    shape = (*tail.shape[:2], kv_len)
+    return (
+        tail.new_empty((*shape, sparsity), dtype=torch.int16),
+        tail.new_empty((*shape, sparsity), dtype=torch.int8),
+        tail.new_empty(shape, dtype=torch.float16),
+    )
+
+
+@register_fake("lexico_attention")
+def _(q, *args, **kwargs):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
 def refuse_backward(
     name: str, instead: str = "torch.nn.functional.scaled_dot_product_attention"
 ) -> None:
@@ -177,5 +214,6 @@ for _name in (
     "turbo_dequantize",
     "lexico_encode",
     "lexico_reconstruct",
+    "lexico_attention",
 ):
     refuse_backward(_name)

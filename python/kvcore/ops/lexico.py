@@ -4,7 +4,10 @@ Glossary: ``atoms`` is the number of rows of a dictionary, fp32 ``[atoms, head_d
 1; ``head_dim`` is 64, 96, 128 or 256. The *codes* of vectors ``[batch, heads, tokens, head_dim]``
 are ``indices`` int16 and ``coefficients`` ``[batch, heads, tokens, sparsity]`` and ``scale`` fp16
 ``[batch, heads, tokens]``; a vector is about ``scale * sum_j coefficients[j] *
-dictionary[indices[j]]``. Errors are ``RuntimeError``; their text is ``<op>: <argument> must be
+dictionary[indices[j]]``. The *store* of one layer keeps codes of K and V: the newest in a *tail*
+``[batch, kv_heads, tiles, 64 + 96 * sparsity]`` of tiles of 32 tokens (uint8, new ones are zeros),
+every 4096 before in a *block* ``[batch, kv_heads, bytes]``; ``csrc/lexico/README.md`` describes the
+bytes. Errors are ``RuntimeError``; their text is ``<op>: <argument> must be
 <expected>, got <actual>``, and a rejected call changes nothing. On CPU tensors values are always
 checked; on devices ``check_values=True`` synchronises and checks. Scratch memory that cannot be had
 is a ``MemoryError``.
@@ -86,4 +89,165 @@ def lexico_reconstruct(
     """
     return _ops.lexico_reconstruct(
         indices, coefficients, scale, dictionary, dtype=dtype, check_values=check_values
+    )
+
+
+def lexico_append(
+    k_indices: Tensor,
+    k_coefficients: Tensor,
+    k_scale: Tensor,
+    v_indices: Tensor,
+    v_coefficients: Tensor,
+    v_scale: Tensor,
+    k_tail: Tensor,
+    v_tail: Tensor,
+    tail_lens: Tensor,
+    *,
+    check_values: bool = False,
+) -> None:
+    """Append new codes to the tails of a store in place.
+
+    A tail of 128 tiles is full with 4096 tokens and is then to be sealed (:func:`lexico_seal`); one
+    of fewer tiles may be replaced by a longer one that begins with the same tiles.
+
+    Args:
+        k_indices: int16 ``[batch, kv_heads, num_new, k_sparsity]`` from :func:`lexico_encode`.
+        k_coefficients: int8, shape of k_indices.
+        k_scale: fp16 ``[batch, kv_heads, num_new]``.
+        v_indices: int16 ``[batch, kv_heads, num_new, v_sparsity]``.
+        v_coefficients: int8, shape of v_indices.
+        v_scale: fp16 ``[batch, kv_heads, num_new]``.
+        k_tail: uint8 ``[batch, kv_heads, tiles, 64 + 96 * k_sparsity]``; changed.
+        v_tail: uint8 ``[batch, kv_heads, tiles, 64 + 96 * v_sparsity]``; changed.
+        tail_lens: int32 ``[batch]``, tokens in the tails; changed. Lowering it removes the newest.
+        check_values: on devices, synchronise and check tail_lens.
+    """
+    _ops.lexico_append(
+        k_indices,
+        k_coefficients,
+        k_scale,
+        v_indices,
+        v_coefficients,
+        v_scale,
+        k_tail,
+        v_tail,
+        tail_lens,
+        check_values=check_values,
+    )
+
+
+def lexico_seal(k_tail: Tensor, v_tail: Tensor, *, v_atoms: int) -> tuple[Tensor, Tensor]:
+    """Blocks of full tails, of what is not zero: tolerance makes codes, and so blocks, shorter.
+
+    Args:
+        k_tail: uint8 ``[batch, kv_heads, 128, 64 + 96 * k_sparsity]``, 4096 tokens of every
+            sequence.
+        v_tail: uint8 ``[batch, kv_heads, 128, 64 + 96 * v_sparsity]``.
+        v_atoms: atoms of V's dictionary; every index of v_tail is below it.
+
+    Returns:
+        ``k_block`` and ``v_block``, uint8 ``[batch, kv_heads, bytes]``.
+    """
+    return _ops.lexico_seal(k_tail, v_tail, v_atoms=v_atoms)
+
+
+def lexico_unseal(
+    k_block: Tensor, v_block: Tensor, *, k_sparsity: int, v_sparsity: int, v_atoms: int
+) -> tuple[Tensor, Tensor]:
+    """Full tails from blocks, to rewind into them or to rebuild vectors.
+
+    Args:
+        k_block: uint8 ``[batch, kv_heads, bytes]`` from :func:`lexico_seal`.
+        v_block: likewise.
+        k_sparsity: of the tail of K.
+        v_sparsity: of the tail of V.
+        v_atoms: as it was sealed with.
+
+    Returns:
+        ``k_tail`` and ``v_tail`` of 128 tiles. Pairs of V come back in the order of their atoms,
+        and pairs whose coefficient is 0 as index 0.
+    """
+    return _ops.lexico_unseal(
+        k_block, v_block, k_sparsity=k_sparsity, v_sparsity=v_sparsity, v_atoms=v_atoms
+    )
+
+
+def lexico_unpack(tail: Tensor, *, kv_len: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of the first tokens of a tail.
+
+    Args:
+        tail: uint8 ``[batch, kv_heads, tiles, 64 + 96 * sparsity]``.
+        kv_len: tokens wanted, at most 32 a tile.
+
+    Returns:
+        ``indices`` int16 and ``coefficients`` int8 ``[batch, kv_heads, kv_len, sparsity]``,
+        ``scale`` fp16 ``[batch, kv_heads, kv_len]``.
+    """
+    return _ops.lexico_unpack(tail, kv_len=kv_len)
+
+
+def lexico_attention(
+    q: Tensor,
+    k_blocks: list[Tensor],
+    v_blocks: list[Tensor],
+    k_tail: Tensor,
+    v_tail: Tensor,
+    tail_lens: Tensor,
+    k_dictionary: Tensor,
+    v_dictionary: Tensor,
+    k_buffer: Tensor | None = None,
+    v_buffer: Tensor | None = None,
+    buffer_lens: Tensor | None = None,
+    left_padding: Tensor | None = None,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    check_values: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the codes of a store and a buffer of recent tokens (section 3.3 of the paper).
+
+    Queries are multiplied by K's dictionary once, and scores are sums of a few of the products;
+    weights are summed up for each atom of V, which is multiplied by its weight once. K and V are
+    never rebuilt. The context of a sequence is its blocks, its tail and its buffer, in this order.
+
+    Args:
+        q: ``[batch, q_heads, q_len, head_dim]``, fp32, fp16 or bf16, any strides.
+        k_blocks: uint8 ``[batch, kv_heads, bytes]`` each, 4096 tokens of every sequence.
+        v_blocks: as many.
+        k_tail: uint8 ``[batch, kv_heads, tiles, 64 + 96 * k_sparsity]``.
+        v_tail: uint8 ``[batch, kv_heads, tiles, 64 + 96 * v_sparsity]``.
+        tail_lens: int32 ``[batch]``, tokens in the tails.
+        k_dictionary: fp32 ``[k_atoms, head_dim]``.
+        v_dictionary: fp32 ``[v_atoms, head_dim]``.
+        k_buffer: ``[batch, kv_heads, buffer_len, head_dim]`` of q's type, any strides, or None.
+        v_buffer: likewise.
+        buffer_lens: int32 ``[batch]``, tokens in the buffers; None is buffer_len.
+        left_padding: int32 ``[batch]``, leading tokens of each sequence that no query sees.
+        causal: query i sees keys ``j <= i + kv_len - q_len`` (bottom-right alignment).
+        scale: factor of the scores; None is ``head_dim ** -0.5``.
+        window: with causal, a query sees only the last ``window`` keys up to its own.
+        check_values: on devices, synchronise and check the lengths.
+
+    Returns:
+        ``out`` with shape and dtype of q, and ``lse`` fp32 ``[batch, q_heads, q_len]``, natural
+        log. A row that attends no key gives 0 and -inf.
+    """
+    return _ops.lexico_attention(
+        q,
+        k_blocks,
+        v_blocks,
+        k_tail,
+        v_tail,
+        tail_lens,
+        k_dictionary,
+        v_dictionary,
+        k_buffer,
+        v_buffer,
+        buffer_lens,
+        left_padding,
+        causal=causal,
+        scale=scale,
+        window=window,
+        check_values=check_values,
     )

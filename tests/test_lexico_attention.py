@@ -1,0 +1,418 @@
+"""lexico_attention against exact attention over the vectors that the codes stand for."""
+
+import re
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import cases
+import kvcore
+from cases import BF16, DTYPES, F16, F32, HEAD_DIMS, LAYOUTS, Shape, with_layout
+from compare import assert_bitwise_equal, assert_close, relative_l2
+from lexico_cases import each_backend, make_problem
+
+
+def agree(problem, backend=cases.CPU, **scalars):
+    """Within rounding of the output's type; the family's bound is 2e-3."""
+    out, lse = problem.run(backend.ops, **scalars)
+    want, want_lse = problem.expected(**scalars)
+    unit = {F32: 1e-5, F16: 1e-3, BF16: 8e-3}[out.dtype]
+    assert_close(lse, want_lse, rtol=1e-5, atol=1e-4, name="lse")
+    assert_close(out, want, rtol=unit, atol=unit * 0.1, name="out")
+    finite = want.isfinite()
+    bound = 2e-3 if out.dtype == BF16 else 1e-3
+    assert relative_l2(out.where(finite, 0), want.where(finite, 0)) <= bound
+    return out, lse
+
+
+@each_backend
+@pytest.mark.isa
+@pytest.mark.asan
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_matches_reference(backend, head_dim):
+    for dtype, group, q_len in ((F32, 1, 1), (F32, 4, 1), (F32, 5, 1), (F16, 3, 3), (BF16, 7, 5)):
+        shape = Shape(head_dim, 75, q_len, 2, group, dtype=dtype)
+        agree(make_problem(shape, buffer=9), backend)
+
+
+@each_backend
+@pytest.mark.isa
+@pytest.mark.parametrize("q_len", [1, 3])
+def test_blocks_match_reference(backend, q_len):
+    for group in (1, 4, 6, 10):
+        agree(make_problem(Shape(64, 1030, q_len, 1, group), blocks=2, buffer=20), backend)
+
+
+@each_backend
+@pytest.mark.parametrize("tokens", [0, 1, 31, 32, 33, 64, 1023, 1024, 1025])
+@pytest.mark.parametrize("buffer", [0, 1, 40])
+def test_every_length_of_the_tail(backend, tokens, buffer):
+    problem = make_problem(Shape(64, tokens, 1, 2, 4), buffer=buffer)
+    out, lse = agree(problem, backend)
+    if tokens + buffer == 0:
+        assert not out.any()
+        assert (lse == -torch.inf).all()
+
+
+@each_backend
+def test_many_queries(backend):
+    # More rows than one unit takes: no splits, the weights decay from segment to segment.
+    problem = make_problem(Shape(64, 200, 60, 2, 4, 2), blocks=1, buffer=80)
+    agree(problem, backend)
+    agree(problem, backend, causal=False)
+    agree(problem, backend, window=100)
+
+
+@each_backend
+@pytest.mark.parametrize("q_len", [1, 30])
+def test_sequences_of_different_lengths(backend, q_len):
+    problem = make_problem(
+        Shape(64, 100, q_len, 2, 2, 3),
+        buffer=40,
+        tail_lens=(100, 0, 37),
+        buffer_lens=(0, 40, 11),
+        left_padding=(99, 3, 48),
+    )
+    agree(problem, backend)
+    agree(problem, backend, causal=False)
+
+
+@each_backend
+@pytest.mark.parametrize("window", [1, 2, 31, 33, 90, 1200, 5000, 2**62])
+def test_windows(backend, window):
+    problem = make_problem(Shape(64, 1100, 2, 1, 2), blocks=1, buffer=30)
+    agree(problem, backend, window=window)
+
+
+@each_backend
+def test_padding_over_a_block(backend):
+    problem = make_problem(Shape(64, 50, 2, 1, 2, 2), blocks=1, left_padding=(4100, 4000))
+    agree(problem, backend)
+
+
+@each_backend
+@pytest.mark.parametrize("scalars", [{"scale": 0.3}, {"scale": -0.05}, {"causal": False}])
+def test_scalars(backend, scalars):
+    agree(make_problem(Shape(64, 90, 3, 2, 2), buffer=5), backend, **scalars)
+
+
+@each_backend
+@pytest.mark.parametrize("sparsity", [(1, 1), (64, 3), (2, 64)])
+def test_sparsities(backend, sparsity):
+    k, v = sparsity
+    problem = make_problem(Shape(64, 100, 1, 1, 4), blocks=1, k_sparsity=k, v_sparsity=v)
+    agree(problem, backend)
+
+
+@each_backend
+def test_many_atoms(backend):
+    agree(make_problem(Shape(64, 300, 1, 1, 4), atoms=(5000, 4097)), backend)
+
+
+@each_backend
+@pytest.mark.isa
+def test_nonfinite_values_poison_the_rows_that_see_them(backend):
+    def problem():
+        return make_problem(Shape(64, 70, 4, 1, 2), blocks=1, buffer=12)
+
+    for name in ("k_tail", "v_tail", "k_blocks", "v_blocks"):
+        p = problem()
+        data = getattr(p, name)
+        data = data[0] if isinstance(data, list) else data[:, :, 1]
+        # A scale of NaN: token 40 of the tail; of V's block token 33, of K's the first tile's.
+        offset = {"k_blocks": 128 + 2 * 33, "v_blocks": 2 * 33}.get(name, 16)
+        data[..., offset : offset + 2] = torch.tensor([0x00, 0x7E], dtype=torch.uint8)
+        if name == "k_blocks":
+            # Tiles follow the widths; the first has 32 scales, then indices: take its last scale.
+            data[..., offset : offset + 2] = 0
+            data[..., 128 + 62 : 128 + 64] = torch.tensor([0x00, 0x7E], dtype=torch.uint8)
+        out, _ = p.run(backend.ops)
+        assert out.isnan().all(), name
+        want, _ = p.expected()
+        assert want.isnan().all(), name
+        out, _ = agree(p, backend, window=20)
+        assert out.isfinite().all(), name
+    for name, value in (("k_buffer", torch.nan), ("v_buffer", torch.inf)):
+        p = problem()
+        getattr(p, name)[0, 0, 9, 3] = value
+        out, _ = p.run(backend.ops)
+        bad = ~out.isfinite().all(-1)
+        # The last two of four queries are at or behind the buffer's tenth token, of twelve.
+        assert bad.any(1).tolist() == [[True]] or bad[0].any(0).tolist() == [
+            False,
+            True,
+            True,
+            True,
+        ]
+        assert not out[:, :, 0].isnan().any()
+    for value in (torch.nan, torch.inf, -torch.inf):
+        p = problem()
+        p.q[0, 1, 2, 5] = value
+        out, lse = p.run(backend.ops)
+        wrong = torch.zeros(1, 2, 4, dtype=torch.bool)
+        wrong[0, 1, 2] = True
+        assert torch.equal(out.isnan().all(-1), wrong)
+        assert torch.equal(lse.isnan(), wrong)
+
+
+@each_backend
+def test_poisoned_output(backend, poisoned_memory):
+    agree(make_problem(Shape(64, 40, 100, 1, 2)), backend)
+    agree(make_problem(Shape(96, 1300, 3, 2, 1, 2), blocks=1, left_padding=(5300, 3)), backend)
+    agree(make_problem(Shape(64, 0, 4)), backend)
+
+
+@each_backend
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_noncontiguous(backend, layout):
+    problem = make_problem(Shape(64, 60, 6, 2, 2, 2), buffer=30)
+    names = ("q", "k_buffer", "v_buffer")
+    for name in names:
+        setattr(problem, name, with_layout(getattr(problem, name), layout))
+    actual = problem.run(backend.ops)
+    for name in names:
+        setattr(problem, name, getattr(problem, name).contiguous())
+    for a, b in zip(actual, problem.run(backend.ops), strict=True):
+        assert a.is_contiguous()
+        assert_bitwise_equal(a, b)
+
+
+@each_backend
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(64, 70, 5, 2, 2, batch=0),
+        Shape(64, 70, 0, 2, 2),
+        Shape(64, 70, 5, 2, 0),
+        Shape(64, 3, 97, 1, 1),
+        Shape(64, 130, 1, 1, 17),
+    ],
+    ids=str,
+)
+def test_empty_and_odd_shapes(backend, shape):
+    problem = make_problem(shape)
+    out, lse = problem.run(backend.ops)
+    assert (out.shape, lse.shape) == (problem.q.shape, problem.q.shape[:3])
+    if out.numel():
+        agree(problem, backend)
+
+
+@each_backend
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_deterministic(backend, q_len):
+    problem = make_problem(
+        Shape(64, 1500, q_len, 2, 4, 3), blocks=1, buffer=30, tail_lens=(1500, 3, 900)
+    )
+    first = problem.run(backend.ops)
+    threads = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2, 5):
+            torch.set_num_threads(num_threads)
+            for a, b in zip(problem.run(backend.ops), first, strict=True):
+                assert_bitwise_equal(a, b, f"{num_threads} threads")
+    finally:
+        torch.set_num_threads(threads)
+    for b in range(3):
+        rows = slice(b, b + 1)
+        alone = make_problem(Shape(64, 0, q_len, 2, 4))
+        for name in ("q", "k_tail", "v_tail", "tail_lens", "k_buffer", "v_buffer"):
+            setattr(alone, name, getattr(problem, name)[rows])
+        alone.k_blocks = [x[rows] for x in problem.k_blocks]
+        alone.v_blocks = [x[rows] for x in problem.v_blocks]
+        for x, y in zip(alone.run(backend.ops), first, strict=True):
+            assert_bitwise_equal(x, y[rows], f"entry {b} alone")
+
+
+def test_partial_results_merge():
+    problem = make_problem(Shape(64, 90, 1, 2, 4), blocks=1, buffer=17)
+    whole = problem.run()
+    store = problem.run(torch.ops.kvcore)
+    tail = problem.tail_lens.clone()
+    buffer = (problem.k_buffer, problem.v_buffer)
+    problem.k_buffer = problem.v_buffer = None
+    parts = [problem.run(causal=False)]
+    blocks = (problem.k_blocks, problem.v_blocks)
+    problem.k_blocks, problem.v_blocks, problem.tail_lens = [], [], tail * 0
+    problem.k_buffer, problem.v_buffer = buffer
+    parts.append(problem.run(causal=False))
+    merged = kvcore.merge_attention([p[0] for p in parts], [p[1] for p in parts])
+    for a, b, c in zip(merged, whole, store, strict=True):
+        assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert_bitwise_equal(b, c)
+    assert len(blocks[0]) == 1
+
+
+def test_leaves_the_store_alone():
+    problem = make_problem(Shape(64, 100, 2, 1, 2), blocks=1, buffer=5)
+    flat = lambda: [y for x in problem.tensors() for y in (x if isinstance(x, list) else [x])]  # noqa: E731
+    before = [x if x is None else x.clone() for x in flat()]
+    problem.run()
+    for a, b in zip(flat(), before, strict=True):
+        if a is not None:
+            assert_bitwise_equal(a, b)
+
+
+def test_encoded_vectors_are_attended():
+    # From vectors to the output through every op, in the types of a model.
+    torch.manual_seed(0)
+    dictionary = torch.nn.functional.normalize(torch.randn(256, 64), dim=1)
+    k, v = (torch.randn(1, 2, 70, 64).bfloat16() for _ in range(2))
+    q = torch.randn(1, 8, 1, 64).bfloat16()
+    codes = [kvcore.lexico_encode(x, dictionary, sparsity=16)[:3] for x in (k, v)]
+    tails = [torch.zeros(1, 2, 4, 64 + 96 * 16, dtype=torch.uint8) for _ in range(2)]
+    lens = torch.zeros(1, dtype=torch.int32)
+    kvcore.lexico_append(*codes[0], *codes[1], *tails, lens)
+    out, _ = kvcore.lexico_attention(q, [], [], *tails, lens, dictionary, dictionary)
+    back = [kvcore.lexico_reconstruct(*c, dictionary).repeat_interleave(4, 1) for c in codes]
+    want = torch.nn.functional.scaled_dot_product_attention(q.float(), *back)
+    # bf16 rounds the output to 2^-9.
+    assert relative_l2(out, want) <= 2e-3
+
+
+def arguments():
+    problem = make_problem(
+        Shape(64, 40, 2, 2, 2), blocks=1, buffer=6, buffer_lens=(6,), left_padding=(3,)
+    )
+    names = [f.name for f in problem.__dataclass_fields__.values()]
+    return dict(zip(names, problem.tensors(), strict=True))
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def corrupt_tail(name, where, value):
+    def change(values):
+        tail = values[name].clone()
+        tail[0, 1, 0, where] = value
+        return {name: tail}
+
+    return change
+
+
+def corrupt_block(name, where, value):
+    def change(values):
+        block = values[name][0].clone()
+        block[0, 1, where] = value
+        return {name: [block]}
+
+    return change
+
+
+REJECTED = [
+    ({"q": torch.zeros(4, 2, 64)}, "q must be 4-dimensional, got [4, 2, 64]"),
+    ({"q": torch.zeros(1, 4, 2, 64).int()}, "q must be float32, float16 or bfloat16, got int32"),
+    ({"q": torch.zeros(1, 4, 2, 32)}, "head_dim must be one of 64, 96, 128, 256, got 32"),
+    ({"q": torch.zeros(1, 3, 2, 64)}, "q must be of a multiple of 2 heads, got 3"),
+    ({"q": torch.zeros(2, 4, 2, 64)}, "k_tail must be [2, *, *, 544], got [1, 2, 3, 544]"),
+    ({"k_dictionary": torch.zeros(5, 96)}, "k_dictionary must be [*, 64], got [5, 96]"),
+    ({"v_dictionary": torch.zeros(5, 64).half()}, "v_dictionary must be float32, got float16"),
+    (
+        {"k_tail": torch.zeros(1, 2, 3, 100).byte()},
+        "k_tail must be [batch, kv_heads, tiles, bytes] with bytes 64 + 96 * sparsity, sparsity 1 "
+        "to 64, got [1, 2, 3, 100]",
+    ),
+    (
+        {"v_tail": torch.zeros(1, 3, 3, 160).byte()},
+        "v_tail must be [1, 2, *, 160], got [1, 3, 3, 160]",
+    ),
+    ({"k_tail": torch.zeros(1, 2, 3, 160).char()}, "k_tail must be uint8, got int8"),
+    ({"v_blocks": []}, "v_blocks must be as many blocks as k_blocks, 1, got 0"),
+    (
+        {"k_blocks": [torch.zeros(1, 2, 64).byte()]},
+        "k_blocks[0] must be of a multiple of 64 bytes a head, at least 128, got 64",
+    ),
+    (
+        {"v_blocks": [torch.zeros(1, 2, 8384).byte()[..., :8383].contiguous()]},
+        "v_blocks[0] must be of a multiple of 64 bytes a head, at least 8384, got 8383",
+    ),
+    ({"tail_lens": int32(97)}, "tail_lens[0] must be in [0, 96], got 97"),
+    ({"tail_lens": int32(-1)}, "tail_lens[0] must be in [0, 96], got -1"),
+    ({"tail_lens": int32(1, 2)}, "tail_lens must be [1], got [2]"),
+    ({"tail_lens": int32(1).long()}, "tail_lens must be int32, got int64"),
+    ({"v_buffer": None}, "v_buffer must be given, as k_buffer is, got None"),
+    (
+        {"k_buffer": None, "v_buffer": None},
+        "buffer_lens must be None without k_buffer, got a tensor",
+    ),
+    (
+        {"v_buffer": torch.zeros(1, 2, 5, 64)},
+        "v_buffer must be [1, 2, 6, 64], got [1, 2, 5, 64]",
+    ),
+    (
+        {"k_buffer": torch.zeros(1, 2, 6, 64).half()},
+        "k_buffer must be float32 like q, got float16",
+    ),
+    ({"buffer_lens": int32(7)}, "buffer_lens[0] must be in [0, 6], got 7"),
+    ({"left_padding": int32(-2)}, "left_padding[0] must be in [0, 4198], got -2"),
+    ({"scale": float("inf")}, "scale must be finite in float32, got inf"),
+    ({"window": 0}, "window must be at least 1 or None, got 0"),
+    ({"window": 3, "causal": False}, "window must be None without causal, got 3"),
+    # The first index of a tile, little-endian, is behind 64 bytes of scales.
+    (corrupt_tail("k_tail", 64, 70), "k_tail must be codes over 70 atoms, got others"),
+    (corrupt_tail("k_tail", 65, 255), "k_tail must be codes over 70 atoms, got others"),
+    (corrupt_tail("v_tail", 65, 1), "v_tail must be codes over 90 atoms, got others"),
+    (corrupt_block("k_blocks", 0, 65), "k_blocks[0] must be codes over 70 atoms, got others"),
+    (
+        corrupt_block("k_blocks", 128 + 64, 71),
+        "k_blocks[0] must be codes over 70 atoms, got others",
+    ),
+    (
+        corrupt_block("k_blocks", slice(0, 128), 64),
+        "k_blocks[0] must be codes over 70 atoms, got others",
+    ),
+    (
+        corrupt_block("v_blocks", 8192 + 1, 255),
+        "v_blocks[0] must be codes over 90 atoms, got others",
+    ),
+    (
+        corrupt_block("v_blocks", 8192 + 180 + 1, 16),
+        "v_blocks[0] must be codes over 90 atoms, got others",
+    ),
+]
+
+
+@pytest.mark.asan
+@pytest.mark.parametrize(("change", "message"), REJECTED)
+def test_rejects(change, message):
+    values = arguments()
+    values |= change(values) if callable(change) else change
+    with pytest.raises(RuntimeError, match=f"^lexico_attention: {re.escape(message)}"):
+        torch.ops.kvcore.lexico_attention(**values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype):
+    problem = make_problem(Shape(64, 50, 3, 1, 2, dtype=dtype), blocks=1, buffer=4)
+    op = torch.ops.kvcore.lexico_attention.default
+    torch.library.opcheck(op, tuple(problem.tensors()), {"window": 9})
+
+
+def test_compiled_equals_eager():
+    problem = make_problem(Shape(64, 50, 1, 2, 2, dtype=BF16), blocks=1, buffer=6)
+
+    def run(q, *store):
+        out, lse = kvcore.lexico_attention(q * 0.5, *store)
+        return out + 0, lse
+
+    compiled = torch.compile(run, fullgraph=True)
+    for a, b in zip(compiled(*problem.tensors()), run(*problem.tensors()), strict=True):
+        assert_bitwise_equal(a, b)
+
+
+def test_fake_tensors_on_cuda():
+    problem = make_problem(Shape(64, 50, 1, 2, 2, dtype=BF16))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        move = lambda x: torch.empty_like(mode.from_tensor(x), device="cuda")  # noqa: E731
+        tensors = [x if x is None or isinstance(x, list) else move(x) for x in problem.tensors()]
+        out, lse = kvcore.lexico_attention(*tensors)
+    assert (out.shape, out.dtype, out.device.type) == (problem.q.shape, BF16, "cuda")
+    assert (lse.shape, lse.dtype, lse.device.type) == (problem.q.shape[:3], F32, "cuda")
+
+
+def test_has_no_backward():
+    problem = make_problem(Shape(64, 20, 1, 1, 1))
+    problem.q.requires_grad_()
+    with pytest.raises(RuntimeError, match=r"^lexico_attention: has no backward"):
+        problem.run()[0].sum().backward()
