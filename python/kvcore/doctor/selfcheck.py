@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 import kvcore
-from kvcore.doctor import selfcheck_gdn
-from kvcore.doctor.mismatch import Mismatch
-from kvcore.reference import lexico
+from kvcore.doctor import selfcheck_gdn, selfcheck_lexico
+from kvcore.doctor.mismatch import Mismatch, close, equal
 from kvcore.reference import turbo as reference
 
-MIN_COSINE = 0.99999
 _HEAD_DIMS = (64, 128)
 _SHAPE = {"batch": 2, "q_heads": 4, "kv_heads": 2, "tokens": 150, "padding": 20}
 
@@ -31,34 +29,6 @@ class Check:
     status: str
     detail: str
     seconds: float
-
-
-def _equal(actual: Tensor, expected: Tensor, what: str) -> None:
-    actual = actual.cpu()
-    if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        raise Mismatch(
-            f"{what} is {actual.dtype} {list(actual.shape)}, "
-            f"the reference's {expected.dtype} {list(expected.shape)}"
-        )
-    differs = actual != expected
-    if count := int(differs.sum()):
-        at = differs.nonzero()[0].tolist()
-        raise Mismatch(
-            f"{what} differs in {count} of {actual.numel()} places, first at {at}: "
-            f"{actual[tuple(at)].item()}, the reference has {expected[tuple(at)].item()}"
-        )
-
-
-def _close(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> float:
-    out, lse = (x.cpu().double().flatten() for x in actual)
-    expected_out, expected_lse = (x.double().flatten() for x in expected)
-    cosine = torch.nn.functional.cosine_similarity(out, expected_out, dim=0).item()
-    if not cosine >= MIN_COSINE:  # catches NaN
-        raise Mismatch(f"output has cosine {cosine:.7f} with the reference, below {MIN_COSINE}")
-    worst = (lse - expected_lse).abs().max().item()
-    if not worst <= 1e-3:
-        raise Mismatch(f"lse is off by {worst:.2e}, more than 1e-3")
-    return cosine
 
 
 class _Case:
@@ -100,13 +70,13 @@ class _Case:
 def _attention(case: _Case) -> str:
     inputs = (case.q, case.k, case.v, *case.calibration)
     actual = kvcore.turbo_attention(*case.on(*inputs), causal=True)
-    return f"cosine {_close(actual, reference.turbo_attention(*inputs, causal=True)):.7f}"
+    return f"cosine {close(actual, reference.turbo_attention(*inputs, causal=True)):.7f}"
 
 
 def _calibrate(case: _Case) -> str:
     actual = kvcore.turbo_calibrate(*case.on(case.k, case.padding))
     for name, a, e in zip(("k_balance", "k_mean"), actual, case.calibration, strict=True):
-        _equal(a, e, name)
+        equal(a, e, name)
     return "bit-exact"
 
 
@@ -127,7 +97,7 @@ def _quantize(case: _Case) -> str:
     names = ["pool8", "pool4", "pool2", "block_table"]
     names += ["tail", "tail_scale", "clamp_count", "seq_lens"]
     for name, a, e in zip(names, actual, expected, strict=True):
-        _equal(a, e, name)
+        equal(a, e, name)
     return "bit-exact"
 
 
@@ -151,7 +121,7 @@ def _append(case: _Case) -> str:
     for i, (a, e) in enumerate(zip(*results, strict=True)):
         slabs = len(case.pool) + 1
         names = ("tail", "tail_scale", "clamp_count", "seq_lens")
-        _equal(a, e, f"pool[{i}]" if i < slabs else names[i - slabs])
+        equal(a, e, f"pool[{i}]" if i < slabs else names[i - slabs])
     return "bit-exact"
 
 
@@ -161,8 +131,8 @@ def _rewind(case: _Case) -> str:
     kvcore.turbo_rewind(pool, table, tail, lens, *case.on(new_lens))
     expected = case.store()
     reference.turbo_rewind(*expected, new_lens)
-    _equal(tail, expected[2], "tail")
-    _equal(lens, expected[3], "seq_lens")
+    equal(tail, expected[2], "tail")
+    equal(lens, expected[3], "seq_lens")
     return "bit-exact"
 
 
@@ -179,45 +149,7 @@ def _decode(case: _Case) -> str:
     q = case.q[:, :, -5:]
     actual = kvcore.turbo_decode(*case.on(q), *case.store_on(), *case.on(*case.calibration))
     expected = reference.turbo_decode(q, *case.store(), *case.calibration)
-    return f"cosine {_close(actual, expected):.7f}"
-
-
-_SPARSITY = 8
-
-
-@functools.cache
-def _dictionary(head_dim: int) -> Tensor:
-    generator = torch.Generator().manual_seed(head_dim)
-    atoms = torch.randn(4 * head_dim, head_dim, generator=generator)
-    return torch.nn.functional.normalize(atoms, dim=1)
-
-
-def _encode(case: _Case) -> str:
-    x, dictionary = case.k[:, :, :20], _dictionary(case.k.shape[3])
-    actual = kvcore.lexico_encode(*case.on(x, dictionary), sparsity=_SPARSITY)
-    *codes, residual = (part.cpu() for part in actual)
-    *_, expected = lexico.lexico_encode(x, dictionary, sparsity=_SPARSITY)
-    worst = (residual - expected).abs().max().item()
-    if not worst <= 1e-3:
-        raise Mismatch(f"residuals are off by {worst:.1e}, more than 1e-3")
-    # Two atoms may be equally good, so what is compared is what the codes stand for.
-    rebuilt = lexico.lexico_reconstruct(*codes, dictionary)
-    errors = (rebuilt - x).norm(dim=-1) / x.norm(dim=-1)
-    worst = (errors - residual).abs().max().item()
-    if not worst <= 0.01:
-        raise Mismatch(f"codes err by {worst:.1e} more or less than the residuals they come with")
-    return f"difference {worst:.0e}"
-
-
-def _reconstruct(case: _Case) -> str:
-    x, dictionary = case.k[:, :, :20], _dictionary(case.k.shape[3])
-    *codes, _ = lexico.lexico_encode(x, dictionary, sparsity=_SPARSITY)
-    actual = kvcore.lexico_reconstruct(*case.on(*codes, dictionary)).cpu()
-    expected = lexico.lexico_reconstruct(*codes, dictionary)
-    worst = ((actual - expected).norm() / expected.norm()).item()
-    if not worst <= 1e-5:
-        raise Mismatch(f"vectors are off by {worst:.1e} relative, more than 1e-5")
-    return f"relative difference {worst:.0e}"
+    return f"cosine {close(actual, expected):.7f}"
 
 
 @functools.cache
@@ -235,11 +167,9 @@ CHECKS: dict[str, Callable[[_Case], str]] = {
     "turbo_rewind": _rewind,
     "turbo_dequantize": _dequantize,
     "turbo_decode": _decode,
-    "lexico_encode": _encode,
-    "lexico_reconstruct": _reconstruct,
     **{
         op: lambda case, check=check: check(case.q.shape[-1], case.device)
-        for op, check in selfcheck_gdn.CHECKS.items()
+        for op, check in (*selfcheck_lexico.CHECKS.items(), *selfcheck_gdn.CHECKS.items())
     },
 }
 
