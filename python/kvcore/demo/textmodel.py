@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import codecs
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -16,16 +17,16 @@ from kvcore.demo import models
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-class TextDecoder:
+class TextDecoder(abc.ABC):
     """Text of tokens that arrive one at a time; what is not complete yet is held back."""
 
+    @abc.abstractmethod
     def push(self, token: int) -> str:
         """The text that `token` completes, possibly empty."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def finish(self) -> str:
         """What was held back."""
-        raise NotImplementedError
 
 
 class ByteDecoder(TextDecoder):
