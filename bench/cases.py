@@ -121,11 +121,11 @@ def _prefill(tokens: int, device: torch.device) -> Case:
     return case
 
 
-def _append(kv_len: int, layers: int, device: torch.device) -> Case:
+def _append(kv_len: int, layers: int, device: torch.device, cold: bool = True) -> Case:
     """One token's K and V joins the cache of each layer.
 
-    With a single layer torch's and Python's code is as cold as the data. In a step of several
-    layers only the first one pays for that.
+    With a single layer and a cold cache torch's and Python's code is as cold as the data. In a step
+    of several layers only the first one pays for that.
     """
     from transformers import LlamaConfig
 
@@ -147,7 +147,8 @@ def _append(kv_len: int, layers: int, device: torch.device) -> Case:
         "kvcore TurboCache": TurboCache(config),
     }
     count = "1 layer" if layers == 1 else f"{layers} layers"
-    case = Case(f"append one token to {count} at {kv_len} tokens", _shape(1, 1, kv_len), {})
+    name = f"append one token to {count} at {kv_len} tokens" + ("" if cold else ", warm")
+    case = Case(name, _shape(1, 1, kv_len), {}, cold=cold)
     case.shape["layers"] = layers
     for name, cache in caches.items():
         for layer in range(layers):
@@ -167,6 +168,7 @@ def turbo(quick: bool, device: torch.device) -> Iterator[Callable[[], Case]]:
     yield lambda: _prefill(1024 if quick else 4096, device)
     yield lambda: _append(4096 if quick else 32768, 1, device)
     if not quick:
+        yield lambda: _append(32768, 1, device, cold=False)
         yield lambda: _append(32768, 4, device)
         yield lambda: _decode(1, 1, 32768, device)
         yield lambda: _decode(8, 1, 4096, device)

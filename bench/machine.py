@@ -62,7 +62,7 @@ def slug(description: dict[str, object]) -> str:
 def ceilings(rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
     """Measured limits: memory in GB/s, matrix products in TFLOP/s (int8: TOP/s)."""
     # Beyond every cache, and enough to fill the device.
-    big, n = (1 << 31, 8192) if device.type == "cuda" else (1 << 28, 2048)
+    big, n = (1 << 31, 8192) if device.type == "cuda" else (1 << 30, 2048)
     x, y = (torch.ones(big // 4, device=device) for _ in range(2))
     a32, b32 = (torch.randn(n, n, device=device) for _ in range(2))
     a16, b16 = a32.bfloat16(), b32.bfloat16()
