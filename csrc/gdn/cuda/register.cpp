@@ -1,0 +1,17 @@
+// Binds the ops of the family to CUDA and, in kvcore_simt, to the CPU.
+#include "binding/register.h"
+#include "gdn/op.h"
+
+namespace kvcore::gdn::backend {
+const bool kHostReadsValues = false;
+}  // namespace kvcore::gdn::backend
+
+STABLE_TORCH_LIBRARY_IMPL(KVCORE_LIBRARY, KVCORE_DISPATCH_KEY, m) {
+  m.impl("gdn_chunk_scan", KVCORE_OP(kvcore::gdn::gdn_chunk_scan));
+  m.impl("gdn_chunk_scan_backward", KVCORE_OP(kvcore::gdn::gdn_chunk_scan_backward));
+  m.impl("gdn_recurrent_step", KVCORE_OP(kvcore::gdn::gdn_recurrent_step));
+  m.impl("gdn_recurrent_step_", KVCORE_OP(kvcore::gdn::gdn_recurrent_step_));
+  m.impl("gdn_conv1d", KVCORE_OP(kvcore::gdn::gdn_conv1d));
+  m.impl("gdn_conv1d_backward", KVCORE_OP(kvcore::gdn::gdn_conv1d_backward));
+  m.impl("gdn_conv1d_update", KVCORE_OP(kvcore::gdn::gdn_conv1d_update));
+}
