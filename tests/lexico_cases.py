@@ -110,3 +110,14 @@ def make_problem(
         int32(buffer_lens),
         int32(left_padding),
     )
+
+
+def changed(name, where, value):
+    """A change of the arguments of a call: another value at one place of a tensor."""
+
+    def change(values):
+        tensor = values[name].clone()
+        tensor[where] = value
+        return {name: tensor}
+
+    return change

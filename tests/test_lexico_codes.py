@@ -10,7 +10,7 @@ import kvcore
 from cases import BF16, DTYPES, F32, HEAD_DIMS, LAYOUTS, normal, with_layout
 from compare import assert_bitwise_equal, assert_close
 from kvcore.reference import lexico
-from lexico_cases import each_backend, make_dictionary
+from lexico_cases import changed, each_backend, make_dictionary
 
 NAMES = ("indices", "coefficients", "scale", "residual")
 
@@ -349,15 +349,6 @@ def test_deterministic(backend, given_gram):
 
 def arguments_of_encode():
     return {"x": normal(1, 2, 5, 64, seed=1), "dictionary": make_dictionary(20, 64), "gram": None}
-
-
-def changed(name, row, value):
-    def change(values):
-        tensor = values[name].clone()
-        tensor[row] = value
-        return {name: tensor}
-
-    return change
 
 
 ENCODE_REJECTED = [

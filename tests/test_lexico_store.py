@@ -8,7 +8,7 @@ import torch
 import kvcore
 from compare import assert_bitwise_equal
 from kvcore.reference import lexico
-from lexico_cases import each_backend, make_dictionary, random_codes
+from lexico_cases import changed, each_backend, make_dictionary, random_codes
 
 
 def tails(batch, kv_heads, tiles, k_sparsity=5, v_sparsity=3):
@@ -143,15 +143,6 @@ def arguments_of(op):
     names = ("k_indices", "k_coefficients", "k_scale", "v_indices", "v_coefficients", "v_scale")
     codes = dict(zip(names, new_codes(1, 2, 4), strict=True))
     return codes | dict(zip(("k_tail", "v_tail", "tail_lens"), tails(1, 2, 2), strict=True))
-
-
-def changed(name, where, value):
-    def change(values):
-        tensor = values[name].clone()
-        tensor[where] = value
-        return {name: tensor}
-
-    return change
 
 
 REJECTED = [

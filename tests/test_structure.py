@@ -54,16 +54,14 @@ def may_see_torch(path):
     return (
         parts == ("ops.cpp",)
         or parts[0] == "binding"
-        or (len(parts) == 2 and re.fullmatch(r"op(_\w+)?\.(h|cpp)", parts[1]) is not None)
-        or parts[-1] == "register.cpp"
+        or (len(parts) == 2 and re.fullmatch(r"(op(_\w+)?\.(h|cpp)|register\.cpp)", parts[1]))
     )
 
 
 def is_kernel(path):
-    """Code of a family's backend: everything under cpu/ and cuda/ but the registration."""
+    """Code of a family's backend: everything under cpu/ and cuda/."""
     parts = path.relative_to(CSRC).parts
-    backend = parts[0] in families() and parts[1] in ("cpu", "cuda")
-    return backend and path.name != "register.cpp"
+    return parts[0] in families() and parts[1] in ("cpu", "cuda")
 
 
 def kernel_files():
@@ -129,7 +127,7 @@ def test_shared_memory_is_dynamic(path):
         assert re.search(r"\b__shared__\b", code(path)) is None
 
 
-@pytest.mark.parametrize("path", sorted(CSRC.glob("*/*/register.cpp")), ids=relative)
+@pytest.mark.parametrize("path", sorted(CSRC.glob("*/register.cpp")), ids=relative)
 def test_ops_run_on_the_device_of_their_tensors(path):
     # KVCORE_OP makes it the current one; TORCH_BOX alone would launch on whatever device is.
     text = code(path)
@@ -156,9 +154,7 @@ def test_macros_carry_the_project_prefix(path):
 @pytest.mark.parametrize("family", families())
 def test_family_trees_have_the_same_shape(family):
     files = {p.relative_to(CSRC / family).as_posix() for p in (CSRC / family).rglob("*.*")}
-    fixed = {"README.md", "layout.h", "params.h", "op.h", "cpu/register.cpp"}
-    if any(name.startswith("cuda/") for name in files):
-        fixed.add("cuda/register.cpp")
+    fixed = {"README.md", "layout.h", "params.h", "op.h", "register.cpp"}
     assert fixed - files == set()
     free = [
         r"op(_\w+)?\.cpp",

@@ -49,6 +49,11 @@ inline std::string format_shape(const Tensor& tensor) {
   return tensor.defined() ? format_shape(tensor.sizes()) : "None";
 }
 
+// `name[i, j]`, for messages about one element.
+inline std::string element_name(const char* name, std::initializer_list<int64_t> indices) {
+  return name + format_shape(indices);
+}
+
 // The name that Python prints, without "torch.".
 inline std::string format_dtype(ScalarType dtype) {
   switch (dtype) {

@@ -41,9 +41,9 @@ void copy_strides(const Tensor& tensor, int64_t (&strides)[N]) {
   for (size_t i = 0; i < N; ++i) strides[i] = tensor.stride(static_cast<int64_t>(i));
 }
 
-// The params structs' dtype of a tensor.
-inline Dtype dtype_of(const char* op, const char* argument, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+// The params structs' dtype of a float type.
+inline Dtype dtype_of(const char* op, const char* argument, ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Float:
       return Dtype::kFloat32;
     case ScalarType::Half:
@@ -51,9 +51,11 @@ inline Dtype dtype_of(const char* op, const char* argument, const Tensor& tensor
     case ScalarType::BFloat16:
       return Dtype::kBFloat16;
     default:
-      KV_CHECK(false, op, argument, "float32, float16 or bfloat16",
-               format_dtype(tensor.scalar_type()));
+      KV_CHECK(false, op, argument, "float32, float16 or bfloat16", format_dtype(dtype));
   }
+}
+inline Dtype dtype_of(const char* op, const char* argument, const Tensor& tensor) {
+  return dtype_of(op, argument, tensor.scalar_type());
 }
 
 // Any strides, of a [batch, heads, tokens, channels] tensor that passed KV_CHECK_DIM(op, tensor,

@@ -30,8 +30,14 @@ constexpr ErrorText kErrorTexts[] = {
     {kErrorIndices, "indices: out of range"},
 };
 
-/// Waits for the current device, returns the bits that were set there and clears them. Defined by
-/// each library; the CPU's kernels raise at once and set none.
+// ---- Each library (kvcore_cpu, kvcore_cuda, kvcore_simt) defines these for itself.
+
+/// True if the host may look at the values of device tensors for nothing; then they are always
+/// checked. Otherwise a look costs a copy and a synchronisation, and only check_values pays it.
+extern const bool kHostReadsValues;
+
+/// Waits for the current device, returns the bits that were set there and clears them. The CPU's
+/// kernels raise at once and set none.
 uint32_t take_error_flags();
 
 }  // namespace kvcore

@@ -9,12 +9,17 @@
 #include <tuple>
 #include <utility>
 
+#include "binding/arguments.h"
 #include "binding/check.h"
+#include "binding/memory.h"
 #include "binding/tensor.h"
 #include "gdn/params.h"
 
 namespace kvcore::gdn {
 
+using binding::check_tensor;
+using binding::element_name;
+using binding::HostValues;
 using binding::ScalarType;
 using binding::Tensor;
 
@@ -65,27 +70,6 @@ Tensor gdn_conv1d_update(const Tensor& x, const Tensor& conv_state, const Tensor
 
 // ---- Checks shared by the ops (op_check.cpp). All throw before anything is written.
 
-/// The values of a contiguous int32 tensor, where they can or must be read on the host.
-class HostValues {
- public:
-  /// Copies and synchronises when the backend's values cannot be read in place and `wanted`.
-  HostValues(const Tensor& tensor, bool wanted);
-
-  bool readable() const { return values_ != nullptr; }
-  int32_t operator[](int64_t i) const { return values_[i]; }
-
- private:
-  std::optional<Tensor> copy_;
-  const int32_t* values_ = nullptr;
-};
-
-/// `name[i, j]`, for messages about one element.
-std::string element_name(const char* name, std::initializer_list<int64_t> indices);
-
-/// Shape (binding::kAnySize where any will do), dtype, contiguity, and the device of `like`.
-void check_tensor(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype,
-                  std::initializer_list<int64_t> shape, const Tensor& like);
-
 /// The inputs of the delta rule: q, k, v, g and beta.
 Sizes check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                    const Tensor& g, const Tensor& beta);
@@ -102,9 +86,6 @@ struct GateTensors {
 /// A_log, dt_bias and the flags; with check_values also that no gate is NaN or above 0.
 Gate check_gate(const char* op, const GateTensors& tensors, const Sizes& sizes, bool check_values);
 
-/// The scale, by default k_dim^-0.5.
-float check_scale(const char* op, std::optional<double> scale, int64_t k_dim);
-
 /// int32 [num_seqs + 1] from 0 to num_tokens, never falling; without it a sequence per batch entry.
 Sequences check_sequences(const char* op, const std::optional<Tensor>& cu_seqlens,
                           const char* like_name, const Tensor& like, int64_t batch,
@@ -117,10 +98,6 @@ void check_states(const char* op, const char* argument, const Tensor& states, in
 /// Slots in [-1, num_slots), none of them twice.
 void check_slots(const char* op, const char* argument, const Tensor& indices, int64_t num_slots,
                  bool check_values);
-
-/// What is written may not overlap what is read: values would be others when they are used.
-void check_apart(const char* op, const char* written_name, const Tensor& written,
-                 std::initializer_list<std::pair<const char*, std::optional<Tensor>>> read);
 
 /// Views of [batch, num_tokens, heads, channels] and [batch, num_tokens, heads].
 InputView head_view(const char* op, const char* argument, const Tensor& tensor);

@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "gdn/op.h"
@@ -22,40 +21,7 @@ void check_head_dim(const char* op, const char* argument, int64_t dim) {
            dim);
 }
 
-/// First to one past the last byte, whatever lies between elements.
-std::pair<const uint8_t*, const uint8_t*> memory_of(const Tensor& tensor) {
-  int64_t last = 0;
-  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
-  const uint8_t* begin = binding::data<uint8_t>(tensor);
-  return {begin, begin + (last + 1) * static_cast<int64_t>(tensor.element_size())};
-}
-
 }  // namespace
-
-std::string element_name(const char* name, std::initializer_list<int64_t> indices) {
-  return name + format_shape(indices);
-}
-
-HostValues::HostValues(const Tensor& tensor, bool wanted) {
-  if (backend::kHostReadsValues) {
-    values_ = binding::data<int32_t>(tensor);
-  } else if (wanted) {
-    copy_ = torch::stable::to(tensor, torch::stable::Device("cpu"));
-    values_ = binding::data<int32_t>(*copy_);
-  }
-}
-
-void check_tensor(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype,
-                  std::initializer_list<int64_t> shape, const Tensor& like) {
-  KV_CHECK(binding::shape_matches(tensor, shape), op, argument, format_shape(shape),
-           format_shape(tensor));
-  KV_CHECK(tensor.scalar_type() == dtype, op, argument, binding::format_dtype(dtype),
-           binding::format_dtype(tensor.scalar_type()));
-  KV_CHECK(binding::same_device(tensor, like), op, argument, "on " + binding::format_device(like),
-           binding::format_device(tensor));
-  KV_CHECK(tensor.is_contiguous(), op, argument, "contiguous",
-           "strides " + format_shape(tensor.strides()));
-}
 
 Sizes check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                    const Tensor& g, const Tensor& beta) {
@@ -114,33 +80,14 @@ Gate check_gate(const char* op, const GateTensors& tensors, const Sizes& sizes, 
           .beta_scale = allow_neg_eigval ? 2.0f : 1.0f};
 }
 
-float check_scale(const char* op, std::optional<double> scale, int64_t k_dim) {
-  const double value = scale.value_or(1.0 / std::sqrt(static_cast<double>(k_dim)));
-  KV_CHECK(std::isfinite(static_cast<float>(value)), op, "scale", "finite in float32", value);
-  return static_cast<float>(value);
-}
-
 Sequences check_sequences(const char* op, const std::optional<Tensor>& cu_seqlens,
                           const char* like_name, const Tensor& like, int64_t batch,
                           int64_t num_tokens, bool check_values) {
   if (!cu_seqlens) return {.cu_seqlens = nullptr, .num_seqs = batch};
-  const Tensor& tensor = *cu_seqlens;
   KV_CHECK(batch == 1, op, like_name, "of batch 1 with cu_seqlens", batch);
-  KV_CHECK(tensor.dim() == 1 && tensor.size(0) >= 1, op, "cu_seqlens", "[num_seqs + 1]",
-           format_shape(tensor));
-  check_tensor(op, "cu_seqlens", tensor, ScalarType::Int, {tensor.size(0)}, like);
-  const int64_t num_seqs = tensor.size(0) - 1;
-  const HostValues values(tensor, check_values);
-  if (values.readable()) {
-    KV_CHECK(values[0] == 0, op, element_name("cu_seqlens", {0}), "0", values[0]);
-    for (int64_t i = 1; i <= num_seqs; ++i) {
-      KV_CHECK(values[i] >= values[i - 1], op, element_name("cu_seqlens", {i}),
-               "at least " + std::to_string(values[i - 1]), values[i]);
-    }
-    KV_CHECK(values[num_seqs] == num_tokens, op, element_name("cu_seqlens", {num_seqs}),
-             std::to_string(num_tokens), values[num_seqs]);
-  }
-  return {.cu_seqlens = binding::data<int32_t>(tensor), .num_seqs = num_seqs};
+  const int64_t num_seqs =
+      binding::check_cu_seqlens(op, "cu_seqlens", *cu_seqlens, like, num_tokens, check_values);
+  return {.cu_seqlens = binding::data<int32_t>(*cu_seqlens), .num_seqs = num_seqs};
 }
 
 void check_states(const char* op, const char* argument, const Tensor& states, int64_t num_states,
@@ -153,7 +100,7 @@ void check_states(const char* op, const char* argument, const Tensor& states, in
 
 void check_slots(const char* op, const char* argument, const Tensor& indices, int64_t num_slots,
                  bool check_values) {
-  const HostValues values(indices, check_values);
+  const HostValues<> values(indices, check_values);
   if (!values.readable()) return;
   const int64_t columns = indices.dim() == 2 ? indices.size(1) : 1;
   const auto name = [&](int64_t i) {
@@ -170,18 +117,6 @@ void check_slots(const char* op, const char* argument, const Tensor& indices, in
   for (size_t i = 1; i < slots.size(); ++i) {
     KV_CHECK(slots[i].first != slots[i - 1].first, op, name(slots[i].second),
              "a slot that no other entry names", slots[i].first);
-  }
-}
-
-void check_apart(const char* op, const char* written_name, const Tensor& written,
-                 std::initializer_list<std::pair<const char*, std::optional<Tensor>>> read) {
-  if (written.numel() == 0) return;
-  const auto [begin, end] = memory_of(written);
-  for (const auto& [name, tensor] : read) {
-    if (!tensor || tensor->numel() == 0) continue;
-    const auto [other_begin, other_end] = memory_of(*tensor);
-    KV_CHECK(other_end <= begin || end <= other_begin, op, written_name, "in memory of its own",
-             std::string("that of ") + name);
   }
 }
 

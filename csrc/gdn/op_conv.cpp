@@ -138,8 +138,9 @@ Tensor gdn_conv1d_update(const Tensor& x, const Tensor& conv_state, const Tensor
     KV_CHECK(num_slots == batch, kOp, "conv_state",
              "of " + std::to_string(batch) + " slots without state_indices", num_slots);
   }
-  check_apart(kOp, "conv_state", conv_state,
-              {{"x", x}, {"weight", weight}, {"bias", bias}, {"state_indices", state_indices}});
+  binding::check_disjoint(
+      kOp, {{"conv_state", conv_state}},
+      {{"x", x}, {"weight", weight}, {"bias", bias}, {"state_indices", state_indices}});
   Tensor out = new_tokens(kOp, "out", x);
   if (out.numel() > 0) {
     backend::conv1d_update({.x = tokens_view(kOp, "x", x),

@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gdn_chunk_scan(
   const Sizes sizes = check_inputs(kOp, q, k, v, g, beta);
   const Gate gate = check_gate(kOp, {g, beta, A_log, dt_bias, beta_sigmoid, allow_neg_eigval},
                                sizes, check_values);
-  const float checked_scale = check_scale(kOp, scale, sizes.k_dim);
+  const float checked_scale = binding::check_scale(kOp, scale, sizes.k_dim);
   const Sequences sequences =
       check_sequences(kOp, cu_seqlens, "q", q, sizes.batch, sizes.num_tokens, check_values);
   if (initial_state) {
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gdn_c
   KV_CHECK_SAME_DEVICE(kOp, d_out, q);
   const Gate gate =
       check_gate(kOp, {g, beta, A_log, dt_bias, beta_sigmoid, allow_neg_eigval}, sizes, false);
-  const float checked_scale = check_scale(kOp, scale, k_dim);
+  const float checked_scale = binding::check_scale(kOp, scale, k_dim);
   const Sequences sequences = check_sequences(kOp, cu_seqlens, "q", q, batch, num_tokens, false);
   for (const auto& [name, states] :
        {std::pair{"initial_state", &initial_state}, std::pair{"d_final_state", &d_final_state}}) {

@@ -13,7 +13,7 @@ RecurrentStepParams check_step(const char* op, const Tensor& q, const Tensor& k,
                                bool check_values) {
   const Sizes sizes = check_inputs(op, q, k, v, gate.g, gate.beta);
   const Gate checked_gate = check_gate(op, gate, sizes, check_values);
-  const float checked_scale = check_scale(op, scale, sizes.k_dim);
+  const float checked_scale = binding::check_scale(op, scale, sizes.k_dim);
   KV_CHECK_DIM(op, state, 4);
   const int64_t num_slots = state.size(0);
   check_states(op, "state", state, num_slots, sizes, state_v_first, q);
@@ -39,7 +39,7 @@ RecurrentStepParams check_step(const char* op, const Tensor& q, const Tensor& k,
     KV_CHECK(state_indices.has_value(), op, "num_accepted", "None without state_indices",
              binding::format_shape(*num_accepted));
     check_tensor(op, "num_accepted", *num_accepted, ScalarType::Int, {sizes.batch}, q);
-    const HostValues values(*num_accepted, check_values);
+    const HostValues<> values(*num_accepted, check_values);
     for (int64_t i = 0; values.readable() && i < sizes.batch; ++i) {
       KV_CHECK(values[i] >= 1 && values[i] <= num_columns, op, element_name("num_accepted", {i}),
                "in [1, " + std::to_string(num_columns) + "]", values[i]);
@@ -99,16 +99,16 @@ Tensor gdn_recurrent_step_(const Tensor& q, const Tensor& k, const Tensor& v, co
   const RecurrentStepParams params =
       check_step(kOp, q, k, v, {g, beta, A_log, dt_bias, beta_sigmoid, allow_neg_eigval}, state,
                  state_indices, num_accepted, scale, qk_l2norm, state_v_first, check_values);
-  check_apart(kOp, "state", state,
-              {{"q", q},
-               {"k", k},
-               {"v", v},
-               {"g", g},
-               {"beta", beta},
-               {"A_log", A_log},
-               {"dt_bias", dt_bias},
-               {"state_indices", state_indices},
-               {"num_accepted", num_accepted}});
+  binding::check_disjoint(kOp, {{"state", state}},
+                          {{"q", q},
+                           {"k", k},
+                           {"v", v},
+                           {"g", g},
+                           {"beta", beta},
+                           {"A_log", A_log},
+                           {"dt_bias", dt_bias},
+                           {"state_indices", state_indices},
+                           {"num_accepted", num_accepted}});
   return run_step(kOp, params, q, state);
 }
 

@@ -126,10 +126,6 @@ struct Conv1DUpdateParams {
 /// What each library (kvcore_cpu, kvcore_cuda, kvcore_simt) defines for itself.
 namespace backend {
 
-/// True if op_*.cpp may look at the values of index tensors for nothing; then they are always
-/// checked. Otherwise a look costs a copy and a synchronisation, and only check_values pays it.
-extern const bool kHostReadsValues;
-
 void chunk_scan(const ChunkScanParams& params);
 void chunk_scan_backward(const ChunkScanBackwardParams& params);
 void recurrent_step(const RecurrentStepParams& params);

@@ -9,12 +9,18 @@
 #include <tuple>
 #include <vector>
 
+#include "binding/arguments.h"
 #include "binding/check.h"
+#include "binding/memory.h"
 #include "binding/tensor.h"
 #include "lexico/params.h"
 
 namespace kvcore::lexico {
 
+using binding::check_input;
+using binding::check_tensor;
+using binding::element_name;
+using binding::HostValues;
 using binding::ScalarType;
 using binding::Tensor;
 
@@ -50,29 +56,6 @@ std::tuple<Tensor, Tensor> lexico_attention(
 
 // ---- Checks shared by the ops (op_check.cpp). All throw before anything is written.
 
-/// The values of a contiguous tensor of T, where they can or must be read on the host.
-template <class T>
-class HostValues {
- public:
-  /// Copies and synchronises when the backend's values cannot be read in place and `wanted`.
-  HostValues(const Tensor& tensor, bool wanted);
-
-  bool readable() const { return values_ != nullptr; }
-  T operator[](int64_t i) const { return values_[i]; }
-  const T* data() const { return values_; }
-
- private:
-  std::optional<Tensor> copy_;
-  const T* values_ = nullptr;
-};
-
-/// Shape (binding::kAnySize where any will do), dtype, contiguity, and the device of `like`.
-void check_tensor(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype,
-                  std::initializer_list<int64_t> shape, const Tensor& like);
-
-/// A float input [batch, heads, tokens, head_dim] of any strides, head_dim being supported.
-void check_input(const char* op, const char* argument, const Tensor& tensor);
-
 /// fp32 [atoms, head_dim]; returns its atoms.
 int64_t check_dictionary(const char* op, const char* argument, const Tensor& dictionary,
                          int64_t head_dim, const Tensor& like);
@@ -94,20 +77,5 @@ int64_t check_tail(const char* op, const char* argument, const Tensor& tail, int
 /// uint8 [batch, kv_heads, bytes], of at least min_bytes bytes.
 Block check_block(const char* op, const std::string& argument, const Tensor& block, int64_t batch,
                   int64_t kv_heads, int64_t min_bytes, const Tensor& like);
-
-/// Shape of an int32 [batch] tensor and, where readable, 0 <= value <= limit.
-HostValues<int32_t> check_lens(const char* op, const char* argument, const Tensor& lens,
-                               const Tensor& like, int64_t batch, int64_t limit, bool wanted);
-
-/// What is written may overlap no other argument: what was checked would change under the op.
-struct NamedTensor {
-  const char* name;
-  const Tensor& tensor;
-};
-void check_disjoint(const char* op, std::initializer_list<NamedTensor> written,
-                    std::initializer_list<NamedTensor> read);
-
-/// `name[i, j]`, for messages about one element.
-std::string element_name(const char* name, std::initializer_list<int64_t> indices);
 
 }  // namespace kvcore::lexico

@@ -1,20 +1,17 @@
 // lexico_attention: check arguments, allocate outputs, fill params, call the backend.
 #include <algorithm>
-#include <cmath>
 
 #include "lexico/op.h"
 
 namespace kvcore::lexico {
 namespace {
 
+using binding::check_lens;
 using binding::data;
 using binding::kAnySize;
 using binding::new_output;
 
 constexpr const char* kOp = "lexico_attention";
-// Wider than any context, and as first_key = end_key - window is computed, far from overflow.
-constexpr int64_t kMaxWindow = int64_t{1} << 62;
-
 std::vector<Block> check_blocks(const char* argument, const std::vector<Tensor>& blocks,
                                 const Tensor& q, int64_t kv_heads, int64_t min_bytes) {
   std::vector<Block> result;
@@ -42,9 +39,7 @@ std::tuple<Tensor, Tensor> lexico_attention(
   const int64_t v_atoms = check_dictionary(kOp, "v_dictionary", v_dictionary, head_dim, q);
   const int64_t k_sparsity = check_tail(kOp, "k_tail", k_tail, batch, kAnySize, kAnySize, q);
   const int64_t kv_heads = k_tail.size(1);
-  KV_CHECK(kv_heads >= 1, kOp, "k_tail", "of at least 1 head", kv_heads);
-  KV_CHECK(q_heads % kv_heads == 0, kOp, "q",
-           "of a multiple of " + std::to_string(kv_heads) + " heads", q_heads);
+  binding::check_heads(kOp, "k_tail", q, kv_heads);
   const int64_t v_sparsity = check_tail(kOp, "v_tail", v_tail, batch, kv_heads, kAnySize, q);
   KV_CHECK(k_blocks.size() == v_blocks.size(), kOp, "v_blocks",
            "as many blocks as k_blocks, " + std::to_string(k_blocks.size()), v_blocks.size());
@@ -54,8 +49,7 @@ std::tuple<Tensor, Tensor> lexico_attention(
   const int64_t num_blocks = static_cast<int64_t>(k.size());
   const int64_t k_tiles = k_tail.size(2), v_tiles = v_tail.size(2);
   const int64_t capacity = std::min<int64_t>({k_tiles, v_tiles, kBlockTiles}) * kTileTokens;
-  const HostValues<int32_t> tails =
-      check_lens(kOp, "tail_lens", tail_lens, q, batch, capacity, check_values);
+  check_lens(kOp, "tail_lens", tail_lens, q, batch, capacity, check_values);
 
   KV_CHECK(k_buffer.has_value() == v_buffer.has_value(), kOp, "v_buffer",
            k_buffer ? "given, as k_buffer is" : "None, as k_buffer is",
@@ -79,12 +73,8 @@ std::tuple<Tensor, Tensor> lexico_attention(
     check_lens(kOp, "left_padding", *left_padding, q, batch,
                num_blocks * kBlockTokens + capacity + buffer_len, check_values);
   }
-  const double factor = scale ? *scale : 1 / std::sqrt(static_cast<double>(head_dim));
-  KV_CHECK(std::isfinite(static_cast<float>(factor)), kOp, "scale", "finite in float32", factor);
-  if (window) {
-    KV_CHECK(*window >= 1, kOp, "window", "at least 1 or None", *window);
-    KV_CHECK(causal, kOp, "window", "None without causal", *window);
-  }
+  const float factor = binding::check_scale(kOp, scale, head_dim);
+  const int64_t keys = binding::check_window(kOp, window, causal);
 
   const Tensor out = new_output(kOp, "out", q, {batch, q_heads, q_len, head_dim}, q.scalar_type());
   const Tensor lse = new_output(kOp, "lse", q, {batch, q_heads, q_len}, ScalarType::Float);
@@ -114,9 +104,9 @@ std::tuple<Tensor, Tensor> lexico_attention(
                         .k_atoms = k_atoms,
                         .v_atoms = v_atoms,
                         .buffer_len = buffer_len,
-                        .scale = static_cast<float>(factor),
+                        .scale = factor,
                         .causal = causal,
-                        .window = std::min(window.value_or(0), kMaxWindow),
+                        .window = keys,
                         .out = binding::output_view(kOp, "out", out),
                         .lse = binding::mutable_data<float>(lse)});
   }

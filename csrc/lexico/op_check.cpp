@@ -1,46 +1,7 @@
 // Checks that the ops of the family share. Every one throws before anything is written.
-#include <torch/csrc/stable/device.h>
-#include <torch/csrc/stable/ops.h>
-
 #include "lexico/op.h"
 
 namespace kvcore::lexico {
-
-std::string element_name(const char* name, std::initializer_list<int64_t> indices) {
-  return name + binding::format_shape(indices);
-}
-
-template <class T>
-HostValues<T>::HostValues(const Tensor& tensor, bool wanted) {
-  if (backend::kHostReadsValues) {
-    values_ = binding::data<T>(tensor);
-  } else if (wanted) {
-    copy_ = torch::stable::to(tensor, torch::stable::Device("cpu"));
-    values_ = binding::data<T>(*copy_);
-  }
-}
-template class HostValues<float>;
-template class HostValues<int16_t>;
-template class HostValues<int32_t>;
-
-void check_tensor(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype,
-                  std::initializer_list<int64_t> shape, const Tensor& like) {
-  KV_CHECK(binding::shape_matches(tensor, shape), op, argument, binding::format_shape(shape),
-           binding::format_shape(tensor));
-  KV_CHECK(tensor.scalar_type() == dtype, op, argument, binding::format_dtype(dtype),
-           binding::format_dtype(tensor.scalar_type()));
-  KV_CHECK(binding::same_device(tensor, like), op, argument, "on " + binding::format_device(like),
-           binding::format_device(tensor));
-  KV_CHECK(tensor.is_contiguous(), op, argument, "contiguous",
-           "strides " + binding::format_shape(tensor.strides()));
-}
-
-void check_input(const char* op, const char* argument, const Tensor& tensor) {
-  KV_CHECK(tensor.dim() == 4, op, argument, "4-dimensional", binding::format_shape(tensor));
-  binding::dtype_of(op, argument, tensor);
-  const int64_t head_dim = tensor.size(3);
-  KV_CHECK_ONE_OF(op, head_dim, 64, 96, 128, 256);
-}
 
 int64_t check_dictionary(const char* op, const char* argument, const Tensor& dictionary,
                          int64_t head_dim, const Tensor& like) {
@@ -115,35 +76,6 @@ Block check_block(const char* op, const std::string& argument, const Tensor& blo
                std::to_string(min_bytes),
            bytes);
   return {.data = binding::data<uint8_t>(block), .bytes = bytes};
-}
-
-HostValues<int32_t> check_lens(const char* op, const char* argument, const Tensor& lens,
-                               const Tensor& like, int64_t batch, int64_t limit, bool wanted) {
-  check_tensor(op, argument, lens, ScalarType::Int, {batch}, like);
-  HostValues<int32_t> values(lens, wanted);
-  for (int64_t b = 0; values.readable() && b < batch; ++b) {
-    KV_CHECK(values[b] >= 0 && values[b] <= limit, op, element_name(argument, {b}),
-             "in [0, " + std::to_string(limit) + "]", values[b]);
-  }
-  return values;
-}
-
-void check_disjoint(const char* op, std::initializer_list<NamedTensor> written,
-                    std::initializer_list<NamedTensor> read) {
-  const auto overlap = [](const Tensor& a, const Tensor& b) {
-    const uint8_t *x = binding::data<uint8_t>(a), *y = binding::data<uint8_t>(b);
-    const int64_t x_bytes = a.numel() * static_cast<int64_t>(a.element_size());
-    const int64_t y_bytes = b.numel() * static_cast<int64_t>(b.element_size());
-    return x_bytes > 0 && y_bytes > 0 && x < y + y_bytes && y < x + x_bytes;
-  };
-  for (const NamedTensor* a = written.begin(); a != written.end(); ++a) {
-    const auto check = [&](const NamedTensor& b) {
-      KV_CHECK(!overlap(a->tensor, b.tensor), op, a->name, "in memory of its own",
-               std::string("that of ") + b.name);
-    };
-    for (const NamedTensor* b = a + 1; b != written.end(); ++b) check(*b);
-    for (const NamedTensor& b : read) check(b);
-  }
 }
 
 }  // namespace kvcore::lexico

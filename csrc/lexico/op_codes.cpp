@@ -96,8 +96,7 @@ Tensor lexico_reconstruct(const Tensor& indices, const Tensor& coefficients, con
   const int64_t head_dim = dictionary.size(1);
   KV_CHECK_ONE_OF(kOp, head_dim, 64, 96, 128, 256);
   const int64_t atoms = check_dictionary(kOp, "dictionary", dictionary, head_dim, indices);
-  KV_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-           kOp, "dtype", "float32, float16 or bfloat16", binding::format_dtype(dtype));
+  binding::dtype_of(kOp, "dtype", dtype);
   check_indices(kOp, "indices", indices, atoms, check_values);
   const int64_t batch = indices.size(0), heads = indices.size(1), tokens = indices.size(2);
   const Tensor out = new_output(kOp, "out", indices, {batch, heads, tokens, head_dim}, dtype);

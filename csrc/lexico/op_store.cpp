@@ -46,21 +46,21 @@ void lexico_append(const Tensor& k_indices, const Tensor& k_coefficients, const 
                   k_tail, num_new, v_sparsity);
   const int64_t k_tiles = k_tail.size(2), v_tiles = v_tail.size(2);
   const int64_t capacity = std::min<int64_t>({k_tiles, v_tiles, kBlockTiles}) * kTileTokens;
-  const HostValues<int32_t> lens =
-      check_lens(kOp, "tail_lens", tail_lens, k_tail, batch, capacity, check_values);
+  const HostValues<> lens =
+      binding::check_lens(kOp, "tail_lens", tail_lens, k_tail, batch, capacity, check_values);
   for (int64_t b = 0; lens.readable() && b < batch; ++b) {
     KV_CHECK(num_new <= capacity - lens[b], kOp, "k_indices",
              "of at most " + std::to_string(capacity - lens[b]) + " new tokens for sequence " +
                  std::to_string(b),
              num_new);
   }
-  check_disjoint(kOp, {{"k_tail", k_tail}, {"v_tail", v_tail}, {"tail_lens", tail_lens}},
-                 {{"k_indices", k_indices},
-                  {"k_coefficients", k_coefficients},
-                  {"k_scale", k_scale},
-                  {"v_indices", v_indices},
-                  {"v_coefficients", v_coefficients},
-                  {"v_scale", v_scale}});
+  binding::check_disjoint(kOp, {{"k_tail", k_tail}, {"v_tail", v_tail}, {"tail_lens", tail_lens}},
+                          {{"k_indices", k_indices},
+                           {"k_coefficients", k_coefficients},
+                           {"k_scale", k_scale},
+                           {"v_indices", v_indices},
+                           {"v_coefficients", v_coefficients},
+                           {"v_scale", v_scale}});
   if (num_new == 0 || batch == 0) return;
   backend::append({.k_indices = data<int16_t>(k_indices),
                    .v_indices = data<int16_t>(v_indices),

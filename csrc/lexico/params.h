@@ -114,10 +114,6 @@ struct AttentionParams {
 /// What each library (kvcore_cpu, kvcore_cuda, kvcore_simt) defines for itself.
 namespace backend {
 
-/// True if op_*.cpp may look at the values of index tensors for nothing; then they are always
-/// checked. Otherwise a look costs a copy and a synchronisation, and only check_values pays it.
-extern const bool kHostReadsValues;
-
 void encode(const EncodeParams& params);
 void reconstruct(const ReconstructParams& params);
 void append(const AppendParams& params);

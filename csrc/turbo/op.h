@@ -9,12 +9,17 @@
 #include <tuple>
 #include <vector>
 
+#include "binding/arguments.h"
 #include "binding/check.h"
+#include "binding/memory.h"
 #include "binding/tensor.h"
 #include "turbo/params.h"
 
 namespace kvcore::turbo {
 
+using binding::check_tensor;
+using binding::element_name;
+using binding::HostValues;
 using binding::ScalarType;
 using binding::Tensor;
 
@@ -66,31 +71,7 @@ std::tuple<Tensor, Tensor> turbo_decode(const Tensor& q, const std::vector<Tenso
 
 // ---- Checks shared by the ops (op_check.cpp). All throw before anything is written.
 
-/// The values of a contiguous int32 tensor, where they can or must be read on the host.
-class HostValues {
- public:
-  /// None at all: readable() is false.
-  HostValues() = default;
-  /// Copies and synchronises when the backend's values cannot be read in place and `wanted`.
-  HostValues(const Tensor& tensor, bool wanted);
-
-  bool readable() const { return readable_; }
-  int32_t operator[](int64_t i) const { return values_[i]; }
-
- private:
-  std::optional<Tensor> copy_;
-  const int32_t* values_ = nullptr;
-  bool readable_ = false;
-};
-
-/// Shape (binding::kAnySize where any will do), dtype, contiguity, and the device of `like`.
-void check_tensor(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype,
-                  std::initializer_list<int64_t> shape, const Tensor& like);
-
-/// A float input [batch, heads, tokens, head_dim] of any strides, head_dim being supported.
-void check_input(const char* op, const char* argument, const Tensor& tensor);
-
-/// k and v: two such inputs of the same shape, dtype and device.
+/// k and v: two inputs of attention of the same shape, dtype and device.
 void check_kv(const char* op, const Tensor& k, const Tensor& v);
 
 /// Shape, dtype, device and contiguity of k_balance and k_mean; `like` gives the device.
@@ -100,11 +81,8 @@ Calibration check_calibration(const char* op, const std::optional<Tensor>& k_bal
 
 /// Shape of an int32 [batch] tensor and, where readable, 0 <= value <= num_tokens. Without a
 /// tensor the result is not readable: no padding. `wanted`: see HostValues.
-HostValues check_left_padding(const char* op, const std::optional<Tensor>& left_padding,
-                              const Tensor& like, int64_t batch, int64_t num_tokens, bool wanted);
-
-/// `name[i, j]`, for messages about one element.
-std::string element_name(const char* name, std::initializer_list<int64_t> indices);
+HostValues<> check_left_padding(const char* op, const std::optional<Tensor>& left_padding,
+                                const Tensor& like, int64_t batch, int64_t num_tokens, bool wanted);
 
 /// What an op does to the tensors of a store.
 enum class Access { kRead, kWrite };
@@ -128,40 +106,15 @@ int64_t check_store_head_dim(const char* op, const Tensor& block_table, const Te
 Store check_store(const char* op, const StoreTensors& tensors, const Tensor& like, int64_t batch,
                   int64_t kv_heads, int64_t head_dim, std::vector<Slab>& slabs);
 
-/// The memory of an op's arguments, to reject a call that would write what it still reads: checked
-/// lengths and table entries would be others when they are used.
-class MemoryRanges {
- public:
-  /// Begins with the slabs of a store.
-  MemoryRanges(const Store& store, Access pool_access);
-
-  /// Its first to its last element, whatever lies between them.
-  void add(const char* argument, const std::optional<Tensor>& tensor, Access access);
-
-  /// Nothing that is written may overlap anything else. Reorders the ranges.
-  void check_disjoint(const char* op);
-
- private:
-  struct Range {
-    const uint8_t *begin, *end;
-    const char* argument;
-    int64_t index;  // of the argument, for messages; of a slab its number
-    Access access;
-    bool is_slab;
-    std::string name() const;
-  };
-  std::vector<Range> ranges_;
-};
-
 /// Tokens that fit a sequence of the store: the open tail needs no entry in the block table.
 int64_t max_seq_len(const Store& store);
 
 /// 0 <= seq_lens <= max_seq_len.
-void check_seq_lens(const char* op, const HostValues& seq_lens, const Store& store);
+void check_seq_lens(const char* op, const HostValues<>& seq_lens, const Store& store);
 
 /// Entries of pages [page_begin, page_end) of a sequence, all heads of K and V, name blocks of the
 /// pool.
-void check_entries(const char* op, const HostValues& block_table, const Store& store,
+void check_entries(const char* op, const HostValues<>& block_table, const Store& store,
                    int64_t batch_idx, int64_t page_begin, int64_t page_end);
 
 }  // namespace kvcore::turbo

@@ -1,71 +1,34 @@
 // The attention ops: check arguments, allocate outputs, fill params, call the backend.
 #include <algorithm>
-#include <cmath>
 
 #include "turbo/op.h"
 
 namespace kvcore::turbo {
 namespace {
 
+using binding::check_cu_seqlens;
+using binding::check_heads;
+using binding::check_input;
 using binding::data;
-using binding::format_shape;
 using binding::input_view;
 using binding::new_output;
 using binding::output_view;
 
-// Wider than any context, and as first_key = end_key - window is computed, far from overflow.
-constexpr int64_t kMaxWindow = int64_t{1} << 62;
-
-std::string indexed(const char* name, int64_t index) { return name + format_shape({index}); }
-
 Softmax check_softmax(const char* op, bool causal, std::optional<double> scale,
                       std::optional<int64_t> window, std::optional<double> sas_threshold,
                       int64_t head_dim) {
-  const double factor = scale ? *scale : 1 / std::sqrt(static_cast<double>(head_dim));
-  KV_CHECK(std::isfinite(static_cast<float>(factor)), op, "scale", "finite in float32", factor);
-  if (window) {
-    KV_CHECK(*window >= 1, op, "window", "at least 1 or None", *window);
-    KV_CHECK(causal, op, "window", "None without causal", *window);
-  }
+  const float factor = binding::check_scale(op, scale, head_dim);
+  const int64_t keys = binding::check_window(op, window, causal);
   if (sas_threshold) {
     // Below -87 the exponentials themselves leave fp32; negated, so that NaN is rejected.
     KV_CHECK(*sas_threshold >= -87 && *sas_threshold < 0, op, "sas_threshold",
              "in [-87, 0) or None", *sas_threshold);
   }
-  return {.scale = static_cast<float>(factor),
+  return {.scale = factor,
           .causal = causal,
-          .window = std::min(window.value_or(0), kMaxWindow),
+          .window = keys,
           .exact = !sas_threshold,
           .sas_threshold = static_cast<float>(sas_threshold.value_or(0))};
-}
-
-void check_heads(const char* op, const char* argument, const Tensor& q, int64_t kv_heads) {
-  KV_CHECK(kv_heads >= 1, op, argument, "of at least 1 head", kv_heads);
-  KV_CHECK(q.size(1) % kv_heads == 0, op, "q",
-           "of a multiple of " + std::to_string(kv_heads) + " heads", q.size(1));
-}
-
-/// cu_seqlens: from 0 to num_tokens, never falling.
-void check_cu_seqlens(const char* op, const char* argument, const Tensor& tensor, const Tensor& q,
-                      int64_t num_tokens, bool check_values) {
-  KV_CHECK(tensor.dim() == 1 && tensor.size(0) >= 1, op, argument, "[num_seqs + 1]",
-           format_shape(tensor));
-  KV_CHECK(tensor.scalar_type() == ScalarType::Int, op, argument, "int32",
-           binding::format_dtype(tensor.scalar_type()));
-  KV_CHECK(binding::same_device(tensor, q), op, argument,
-           "on " + binding::format_device(q) + " like q", binding::format_device(tensor));
-  KV_CHECK(tensor.is_contiguous(), op, argument, "contiguous",
-           "strides " + format_shape(tensor.strides()));
-  const HostValues values(tensor, check_values);
-  if (!values.readable()) return;
-  const int64_t last = tensor.size(0) - 1;
-  KV_CHECK(values[0] == 0, op, indexed(argument, 0), "0", values[0]);
-  for (int64_t i = 1; i <= last; ++i) {
-    KV_CHECK(values[i] >= values[i - 1], op, indexed(argument, i),
-             "at least " + std::to_string(values[i - 1]), values[i]);
-  }
-  KV_CHECK(values[last] == num_tokens, op, indexed(argument, last), std::to_string(num_tokens),
-           values[last]);
 }
 
 }  // namespace
@@ -143,7 +106,7 @@ std::tuple<Tensor, Tensor> turbo_decode(const Tensor& q, const std::vector<Tenso
   const Softmax softmax = check_softmax(kOp, causal, scale, window, sas_threshold, head_dim);
 
   int64_t longest = max_seq_len(store);
-  const HostValues lens(seq_lens, check_values), table(block_table, check_values);
+  const HostValues<> lens(seq_lens, check_values), table(block_table, check_values);
   if (lens.readable()) {
     check_seq_lens(kOp, lens, store);
     longest = 0;

@@ -1,8 +1,4 @@
 // Checks that the ops of the family share. Every one throws before anything is written.
-#include <torch/csrc/stable/device.h>
-#include <torch/csrc/stable/ops.h>
-
-#include <algorithm>
 #include <limits>
 
 #include "turbo/op.h"
@@ -43,42 +39,8 @@ Slab check_slab(const char* op, const Tensor& slab, int64_t slab_idx, Access acc
 
 }  // namespace
 
-std::string element_name(const char* name, std::initializer_list<int64_t> indices) {
-  return name + binding::format_shape(indices);
-}
-
-HostValues::HostValues(const Tensor& tensor, bool wanted) {
-  if (backend::kHostReadsValues) {
-    values_ = binding::data<int32_t>(tensor);
-    readable_ = true;
-  } else if (wanted) {
-    copy_ = torch::stable::to(tensor, torch::stable::Device("cpu"));
-    values_ = binding::data<int32_t>(*copy_);
-    readable_ = true;
-  }
-}
-
-void check_tensor(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype,
-                  std::initializer_list<int64_t> shape, const Tensor& like) {
-  KV_CHECK(binding::shape_matches(tensor, shape), op, argument, binding::format_shape(shape),
-           binding::format_shape(tensor));
-  KV_CHECK(tensor.scalar_type() == dtype, op, argument, binding::format_dtype(dtype),
-           binding::format_dtype(tensor.scalar_type()));
-  KV_CHECK(binding::same_device(tensor, like), op, argument, "on " + binding::format_device(like),
-           binding::format_device(tensor));
-  KV_CHECK(tensor.is_contiguous(), op, argument, "contiguous",
-           "strides " + binding::format_shape(tensor.strides()));
-}
-
-void check_input(const char* op, const char* argument, const Tensor& tensor) {
-  KV_CHECK(tensor.dim() == 4, op, argument, "4-dimensional", binding::format_shape(tensor));
-  binding::dtype_of(op, argument, tensor);
-  const int64_t head_dim = tensor.size(3);
-  KV_CHECK_ONE_OF(op, head_dim, 64, 96, 128, 256);
-}
-
 void check_kv(const char* op, const Tensor& k, const Tensor& v) {
-  check_input(op, "k", k);
+  binding::check_input(op, "k", k);
   KV_CHECK_SHAPE(op, v, k.size(0), k.size(1), k.size(2), k.size(3));
   KV_CHECK_SAME_DTYPE(op, v, k);
   KV_CHECK_SAME_DEVICE(op, v, k);
@@ -93,18 +55,11 @@ Calibration check_calibration(const char* op, const std::optional<Tensor>& k_bal
   return {.k_balance = binding::data<float>(k_balance), .k_mean = binding::data<float>(k_mean)};
 }
 
-HostValues check_left_padding(const char* op, const std::optional<Tensor>& left_padding,
-                              const Tensor& like, int64_t batch, int64_t num_tokens, bool wanted) {
+HostValues<> check_left_padding(const char* op, const std::optional<Tensor>& left_padding,
+                                const Tensor& like, int64_t batch, int64_t num_tokens,
+                                bool wanted) {
   if (!left_padding) return {};
-  check_tensor(op, "left_padding", *left_padding, ScalarType::Int, {batch}, like);
-  HostValues values(*left_padding, wanted);
-  if (values.readable()) {
-    for (int64_t b = 0; b < batch; ++b) {
-      KV_CHECK(values[b] >= 0 && values[b] <= num_tokens, op, element_name("left_padding", {b}),
-               "in [0, " + std::to_string(num_tokens) + "]", values[b]);
-    }
-  }
-  return values;
+  return binding::check_lens(op, "left_padding", *left_padding, like, batch, num_tokens, wanted);
 }
 
 int64_t check_store_head_dim(const char* op, const Tensor& block_table, const Tensor& tail) {
@@ -146,56 +101,6 @@ Store check_store(const char* op, const StoreTensors& tensors, const Tensor& lik
           .head_dim = head_dim};
 }
 
-MemoryRanges::MemoryRanges(const Store& store, Access pool_access) {
-  constexpr size_t kOtherArguments = 10;
-  ranges_.reserve(static_cast<size_t>(store.num_slabs) + kOtherArguments);
-  for (int64_t i = 0; i < store.num_slabs; ++i) {
-    const Slab& slab = store.slabs[i];
-    const int64_t size = slab.num_blocks * block_bytes(slab.bits, store.head_dim);
-    if (size > 0) ranges_.push_back({slab.data, slab.data + size, "pool", i, pool_access, true});
-  }
-}
-
-void MemoryRanges::add(const char* argument, const std::optional<Tensor>& tensor, Access access) {
-  if (!tensor || tensor->numel() == 0) return;
-  int64_t last = 0;
-  for (int64_t i = 0; i < tensor->dim(); ++i) last += (tensor->size(i) - 1) * tensor->stride(i);
-  const uint8_t* begin = binding::data<uint8_t>(*tensor);
-  const int64_t element_bytes = static_cast<int64_t>(tensor->element_size());
-  ranges_.push_back({begin, begin + (last + 1) * element_bytes, argument,
-                     static_cast<int64_t>(ranges_.size()), access, false});
-}
-
-std::string MemoryRanges::Range::name() const {
-  return is_slab ? element_name(argument, {index}) : argument;
-}
-
-void MemoryRanges::check_disjoint(const char* op) {
-  const auto fail = [op](const Range* a, const Range* b) {
-    // The slabs come first, and the others in the order in which they were added.
-    if (a->is_slab == b->is_slab ? a->index > b->index : b->is_slab) std::swap(a, b);
-    if (a->is_slab && b->is_slab) {
-      binding::fail_check(op, "pool", "slabs that do not overlap",
-                          a->name() + " and " + b->name() + " in the same memory");
-    }
-    if (a->access != Access::kWrite) std::swap(a, b);
-    binding::fail_check(op, a->name(), "in memory of its own", "that of " + b->name());
-  };
-  std::sort(ranges_.begin(), ranges_.end(),
-            [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  // Of those that begin earlier, the ones that end last: of all, and of those that are written.
-  const Range *farthest = nullptr, *farthest_written = nullptr;
-  for (const Range& range : ranges_) {
-    const bool written = range.access == Access::kWrite;
-    const Range* other = written ? farthest : farthest_written;
-    if (other && range.begin < other->end) fail(other, &range);
-    if (!farthest || range.end > farthest->end) farthest = &range;
-    if (written && (!farthest_written || range.end > farthest_written->end)) {
-      farthest_written = &range;
-    }
-  }
-}
-
 int64_t max_seq_len(const Store& store) {
   // seq_lens is int32. Dividing first keeps a huge max_pages (of an empty table) from overflowing.
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
@@ -203,7 +108,7 @@ int64_t max_seq_len(const Store& store) {
   return (store.max_pages + 1) * kPageTokens - 1;
 }
 
-void check_seq_lens(const char* op, const HostValues& seq_lens, const Store& store) {
+void check_seq_lens(const char* op, const HostValues<>& seq_lens, const Store& store) {
   const int64_t limit = max_seq_len(store);
   for (int64_t b = 0; b < store.batch; ++b) {
     KV_CHECK(seq_lens[b] >= 0 && seq_lens[b] <= limit, op, element_name("seq_lens", {b}),
@@ -211,7 +116,7 @@ void check_seq_lens(const char* op, const HostValues& seq_lens, const Store& sto
   }
 }
 
-void check_entries(const char* op, const HostValues& block_table, const Store& store,
+void check_entries(const char* op, const HostValues<>& block_table, const Store& store,
                    int64_t batch_idx, int64_t page_begin, int64_t page_end) {
   for (int64_t kv = 0; kv < 2; ++kv) {
     for (int64_t head = 0; head < store.kv_heads; ++head) {

@@ -11,6 +11,7 @@
 namespace kvcore::turbo {
 namespace {
 
+using binding::check_input;
 using binding::data;
 using binding::input_view;
 using binding::mutable_data;
@@ -43,8 +44,8 @@ void check_bits(const char* op, const char* argument, const std::vector<int64_t>
 }
 
 // Everything about the values of an append: lengths, and the entries that will be written.
-void check_append_values(const char* op, const AppendParams& p, const HostValues& seq_lens,
-                         const HostValues& block_table, const HostValues& left_padding) {
+void check_append_values(const char* op, const AppendParams& p, const HostValues<>& seq_lens,
+                         const HostValues<>& block_table, const HostValues<>& left_padding) {
   const Store& store = p.store;
   check_seq_lens(op, seq_lens, store);
   std::vector<int32_t> written;
@@ -77,7 +78,7 @@ void check_append_values(const char* op, const AppendParams& p, const HostValues
 // Which pages turbo_quantize fills, and how wide they are.
 struct QuantizePlan {
   int64_t batch, kv_heads, kv_len, sink_pages;
-  const HostValues& padding;
+  const HostValues<>& padding;
   const std::vector<int64_t>* bits[2];  // of K and V: one for all heads or one for each
 
   int64_t max_pages() const { return kv_len / kPageTokens; }
@@ -190,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> turbo
   KV_CHECK(sink_pages >= 0, kOp, "sink_pages", "at least 0", sink_pages);
   const float margin = check_tail_margin(kOp, tail_margin);
   // The sizes of the outputs depend on the padding, so it is read whatever check_values says.
-  const HostValues padding = check_left_padding(kOp, left_padding, k, batch, kv_len, true);
+  const HostValues<> padding = check_left_padding(kOp, left_padding, k, batch, kv_len, true);
 
   const QuantizePlan plan{batch, kv_heads, kv_len, sink_pages, padding, {&k_bits, &v_bits}};
   const std::array<int64_t, 3> num_blocks = count_blocks(plan);
@@ -266,7 +267,8 @@ void turbo_append(const Tensor& k, const Tensor& v, const std::vector<Tensor>& p
   const Calibration calibration =
       check_calibration(kOp, k_balance, k_mean, k, batch, kv_heads, head_dim);
   const float margin = check_tail_margin(kOp, tail_margin);
-  const HostValues padding = check_left_padding(kOp, left_padding, k, batch, num_new, check_values);
+  const HostValues<> padding =
+      check_left_padding(kOp, left_padding, k, batch, num_new, check_values);
 
   const AppendParams params{.k = input_view(kOp, "k", k),
                             .v = input_view(kOp, "v", v),
@@ -277,19 +279,19 @@ void turbo_append(const Tensor& k, const Tensor& v, const std::vector<Tensor>& p
                             .tail_margin = margin,
                             .tail_scale = mutable_data<float>(tail_scale),
                             .clamp_count = mutable_data<int64_t>(clamp_count)};
-  MemoryRanges memory(store, Access::kWrite);
-  memory.add("block_table", block_table, Access::kRead);
-  memory.add("tail", tail, Access::kWrite);
-  memory.add("tail_scale", tail_scale, Access::kWrite);
-  memory.add("clamp_count", clamp_count, Access::kWrite);
-  memory.add("seq_lens", seq_lens, Access::kWrite);
-  memory.add("k", k, Access::kRead);
-  memory.add("v", v, Access::kRead);
-  memory.add("k_balance", k_balance, Access::kRead);
-  memory.add("k_mean", k_mean, Access::kRead);
-  memory.add("left_padding", left_padding, Access::kRead);
-  memory.check_disjoint(kOp);
-  const HostValues lens(seq_lens, check_values), table(block_table, check_values);
+  binding::check_disjoint(kOp,
+                          {{"pool", pool, "slabs"},
+                           {"tail", tail},
+                           {"tail_scale", tail_scale},
+                           {"clamp_count", clamp_count},
+                           {"seq_lens", seq_lens}},
+                          {{"block_table", block_table},
+                           {"k", k},
+                           {"v", v},
+                           {"k_balance", k_balance},
+                           {"k_mean", k_mean},
+                           {"left_padding", left_padding}});
+  const HostValues<> lens(seq_lens, check_values), table(block_table, check_values);
   if (lens.readable()) check_append_values(kOp, params, lens, table, padding);
   backend::append(params);
 }
@@ -305,13 +307,10 @@ void turbo_rewind(const std::vector<Tensor>& pool, const Tensor& block_table, co
                   batch, kv_heads, head_dim, slabs);
   check_tensor(kOp, "new_lens", new_lens, ScalarType::Int, {batch}, tail);
 
-  MemoryRanges memory(store, Access::kRead);
-  memory.add("block_table", block_table, Access::kRead);
-  memory.add("tail", tail, Access::kWrite);
-  memory.add("seq_lens", seq_lens, Access::kWrite);
-  memory.add("new_lens", new_lens, Access::kRead);
-  memory.check_disjoint(kOp);
-  const HostValues lens(seq_lens, check_values), table(block_table, check_values),
+  binding::check_disjoint(
+      kOp, {{"tail", tail}, {"seq_lens", seq_lens}},
+      {{"pool", pool, "slabs"}, {"block_table", block_table}, {"new_lens", new_lens}});
+  const HostValues<> lens(seq_lens, check_values), table(block_table, check_values),
       targets(new_lens, check_values);
   if (lens.readable()) {
     check_seq_lens(kOp, lens, store);
@@ -344,10 +343,9 @@ std::tuple<Tensor, Tensor> turbo_dequantize(const std::vector<Tensor>& pool,
   const Calibration calibration =
       check_calibration(kOp, k_balance, k_mean, tail, batch, kv_heads, head_dim);
   KV_CHECK_RANGE(kOp, kv_len, int64_t{0}, kMaxTokens);
-  KV_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-           kOp, "dtype", "float32, float16 or bfloat16", binding::format_dtype(dtype));
+  binding::dtype_of(kOp, "dtype", dtype);
 
-  const HostValues lens(seq_lens, check_values), table(block_table, check_values);
+  const HostValues<> lens(seq_lens, check_values), table(block_table, check_values);
   if (lens.readable()) {
     check_seq_lens(kOp, lens, store);
     for (int64_t b = 0; b < batch; ++b) {

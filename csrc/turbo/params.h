@@ -133,10 +133,6 @@ struct AttentionParams {
 /// What each library (kvcore_cpu, kvcore_cuda, kvcore_simt) defines for itself.
 namespace backend {
 
-/// True if op_*.cpp may look at the values of index tensors for nothing; then they are always
-/// checked. Otherwise a look costs a copy and a synchronisation, and only check_values pays it.
-extern const bool kHostReadsValues;
-
 void attention(const AttentionParams& params);
 void calibrate(const CalibrateParams& params);
 void head_priority(const HeadPriorityParams& params);

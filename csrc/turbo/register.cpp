@@ -1,10 +1,6 @@
-// Binds the ops of the family to the CPU.
+// Binds the ops of the family to the backend of the library that is built.
 #include "binding/register.h"
 #include "turbo/op.h"
-
-namespace kvcore::turbo::backend {
-const bool kHostReadsValues = true;
-}  // namespace kvcore::turbo::backend
 
 STABLE_TORCH_LIBRARY_IMPL(KVCORE_LIBRARY, KVCORE_DISPATCH_KEY, m) {
   m.impl("turbo_attention", KVCORE_OP(kvcore::turbo::turbo_attention));

@@ -1,10 +1,6 @@
-// Binds the ops of the family to the CPU.
+// Binds the ops of the family to the backend of the library that is built.
 #include "binding/register.h"
 #include "gdn/op.h"
-
-namespace kvcore::gdn::backend {
-const bool kHostReadsValues = true;
-}  // namespace kvcore::gdn::backend
 
 STABLE_TORCH_LIBRARY_IMPL(KVCORE_LIBRARY, KVCORE_DISPATCH_KEY, m) {
   m.impl("gdn_chunk_scan", KVCORE_OP(kvcore::gdn::gdn_chunk_scan));

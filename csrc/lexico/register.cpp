@@ -1,10 +1,6 @@
-// Binds the ops of the family to CUDA and, in kvcore_simt, to the CPU.
+// Binds the ops of the family to the backend of the library that is built.
 #include "binding/register.h"
 #include "lexico/op.h"
-
-namespace kvcore::lexico::backend {
-const bool kHostReadsValues = false;
-}  // namespace kvcore::lexico::backend
 
 STABLE_TORCH_LIBRARY_IMPL(KVCORE_LIBRARY, KVCORE_DISPATCH_KEY, m) {
   m.impl("lexico_encode", KVCORE_OP(kvcore::lexico::lexico_encode));
