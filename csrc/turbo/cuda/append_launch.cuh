@@ -3,10 +3,10 @@
 
 #include <algorithm>
 
+#include "core/cuda/grid.h"
 #include "core/cuda/launch.cuh"
 #include "core/cuda/scratch.h"
 #include "turbo/cuda/append_kernel.cuh"
-#include "turbo/cuda/grid.h"
 #include "turbo/cuda/store_launch.h"
 
 namespace kvcore::turbo {

@@ -1,11 +1,11 @@
 // turbo_attention on CUDA: K and V are quantized page by page into scratch memory, then attended.
 #include "core/cuda/error_flags.cuh"
+#include "core/cuda/grid.h"
 #include "core/cuda/launch.cuh"
 #include "core/cuda/scratch.h"
 #include "core/dispatch.h"
 #include "turbo/cuda/attention_launch.h"
 #include "turbo/cuda/attention_quantize_kernel.cuh"
-#include "turbo/cuda/grid.h"
 #include "turbo/cuda/softmax.cuh"
 
 namespace kvcore::turbo::backend {

@@ -1,10 +1,10 @@
 // Instantiated explicitly in instances/, once in each file.
 #pragma once
 
+#include "core/cuda/grid.h"
 #include "core/cuda/launch.cuh"
 #include "turbo/cuda/attention_kernel.cuh"
 #include "turbo/cuda/attention_launch.h"
-#include "turbo/cuda/grid.h"
 
 namespace kvcore::turbo {
 

@@ -6,10 +6,10 @@
 #pragma once
 
 #include "core/cuda/error_flags.cuh"
+#include "core/cuda/rows.cuh"
 #include "turbo/cuda/attention_args.cuh"
 #include "turbo/cuda/page_codes.cuh"
 #include "turbo/cuda/page_tile.cuh"
-#include "turbo/cuda/rows.cuh"
 
 namespace kvcore::turbo {
 

@@ -1,8 +1,8 @@
+#include "core/cuda/grid.h"
 #include "core/cuda/launch.cuh"
 #include "core/cuda/scratch.h"
 #include "core/dispatch.h"
 #include "turbo/cuda/calibrate_kernel.cuh"
-#include "turbo/cuda/grid.h"
 #include "turbo/cuda/store_launch.h"
 
 namespace kvcore::turbo::backend {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "core/cuda/device.cuh"
-#include "turbo/cuda/rows.cuh"
+#include "core/cuda/rows.cuh"
 #include "turbo/layout.h"
 
 namespace kvcore::turbo {

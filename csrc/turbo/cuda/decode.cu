@@ -2,6 +2,7 @@
 #include <optional>
 
 #include "core/cuda/error_flags.cuh"
+#include "core/cuda/grid.h"
 #include "core/cuda/launch.cuh"
 #include "core/cuda/scratch.h"
 #include "core/dispatch.h"
@@ -9,7 +10,6 @@
 #include "turbo/cuda/decode_launch.h"
 #include "turbo/cuda/decode_merge_kernel.cuh"
 #include "turbo/cuda/decode_units.cuh"
-#include "turbo/cuda/grid.h"
 #include "turbo/cuda/softmax.cuh"
 
 namespace kvcore::turbo {

@@ -1,9 +1,9 @@
 // Launch of dequantize_kernel.cuh.
 #pragma once
 
+#include "core/cuda/grid.h"
 #include "core/cuda/launch.cuh"
 #include "turbo/cuda/dequantize_kernel.cuh"
-#include "turbo/cuda/grid.h"
 #include "turbo/cuda/store_launch.h"
 
 namespace kvcore::turbo {

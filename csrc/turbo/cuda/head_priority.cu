@@ -1,7 +1,7 @@
+#include "core/cuda/grid.h"
 #include "core/cuda/launch.cuh"
 #include "core/cuda/scratch.h"
 #include "core/dispatch.h"
-#include "turbo/cuda/grid.h"
 #include "turbo/cuda/head_priority_kernel.cuh"
 #include "turbo/cuda/store_launch.h"
 

@@ -16,7 +16,7 @@
 
 #include "core/cuda/device.cuh"
 #include "core/cuda/reduce.cuh"
-#include "turbo/cuda/rows.cuh"
+#include "core/cuda/rows.cuh"
 #include "turbo/cuda/store.cuh"
 
 namespace kvcore::turbo {

@@ -1,6 +1,6 @@
+#include "core/cuda/grid.h"
 #include "core/cuda/launch.cuh"
 #include "core/cuda/scratch.h"
-#include "turbo/cuda/grid.h"
 #include "turbo/cuda/rewind_kernel.cuh"
 
 namespace kvcore::turbo::backend {

@@ -5,7 +5,7 @@
 #include "core/types.h"
 #include "core/view.h"
 
-namespace kvcore::turbo {
+namespace kvcore {
 
 /// An InputView, and whether four channels can be loaded as one.
 struct DeviceRows {
@@ -75,4 +75,4 @@ __device__ inline void store_channels(T* row, int channel, const float (&in)[4])
   *reinterpret_cast<Four*>(row + channel) = four;
 }
 
-}  // namespace kvcore::turbo
+}  // namespace kvcore

@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace kvcore::turbo {
+namespace kvcore {
 
 /// Blocks of a one-dimensional grid. Throws where CUDA's limit would cut the number off.
 inline unsigned grid_of(int64_t ctas) {
@@ -29,4 +29,4 @@ inline int64_t byte_count(std::initializer_list<int64_t> factors) {
   return bytes;
 }
 
-}  // namespace kvcore::turbo
+}  // namespace kvcore
