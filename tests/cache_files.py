@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 import hf_models
 from cache_tools import random_kv
 from hf_models import HYBRID_NAMES
-from kvcore.cache import TurboCache, file_format
+from kvcore.cache import TurboCache
+from kvcore.cache.safe_file import digest
 
 SAVED = ("llama", *HYBRID_NAMES)
 
@@ -46,7 +47,7 @@ def rewrite(source, target, change, *, sign=True):
         if name in metadata and part is not None:
             metadata[name] = json.dumps(part)
     if sign:
-        metadata["digest"] = file_format.digest(metadata, tensors)
+        metadata["digest"] = digest(metadata, tensors)
     save_file(tensors, target, metadata=metadata)
 
 

@@ -6,12 +6,22 @@ import importlib
 
 _HOMES = {
     "CacheFileError": "kvcore.cache.file_format",
+    "Dictionaries": "kvcore.cache.dictionaries",
+    "DictionaryFileError": "kvcore.cache.dictionaries",
     "TurboCache": "kvcore.cache.turbo_cache",
     "TurboLayer": "kvcore.cache.turbo_layer",
     "TurboSettings": "kvcore.cache.settings",
     "TurboStore": "kvcore.cache.store",
 }
-__all__ = ["CacheFileError", "TurboCache", "TurboLayer", "TurboSettings", "TurboStore"]
+__all__ = [
+    "CacheFileError",
+    "Dictionaries",
+    "DictionaryFileError",
+    "TurboCache",
+    "TurboLayer",
+    "TurboSettings",
+    "TurboStore",
+]
 
 
 def __getattr__(name: str):

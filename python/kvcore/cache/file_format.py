@@ -1,21 +1,18 @@
 """What a cache file holds and how each part is checked. Nothing here touches a cache.
 
-A file is safetensors. Its metadata are ``format``, ``version``, ``digest`` and three JSON texts:
-``model`` (the facts that a model must share), ``settings`` and ``layers`` (one object per layer).
-The digest is the SHA-256 of all else, so a damaged file is refused whatever was hit; a file made by
-a stranger has a right digest, so every value is checked as well.
+A file is a :class:`~kvcore.cache.safe_file.FileKind` of three parts: ``model`` (the facts that a
+model must share), ``settings`` and ``layers`` (one object per layer).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kvcore.cache.safe_file import FileKind
 from kvcore.cache.settings import (
     HEAD_DIMS,
     PAGE_TOKENS,
@@ -25,13 +22,9 @@ from kvcore.cache.settings import (
     block_bytes,
 )
 
-FORMAT = "kvcore-cache"
-VERSION = "1"
-METADATA = ("format", "version", "digest", "model", "settings", "layers")
 CODE_MAX = 119
 MIN_BALANCE = 2.0**-8
 MAX_LAYERS = 1 << 16
-MAX_TOKENS = 1 << 40
 
 # Largest step of a narrow code: the ceiling of the range of int8 codes over the levels.
 _MAX_STEP = {4: 16, 2: 80}
@@ -41,54 +34,9 @@ class CacheFileError(ValueError):
     """A cache file that is damaged, not made for this model, or not a cache file."""
 
 
-def check(holds: object, field: str, expected: str, actual: object) -> None:
-    """Refuses the file unless ``holds``, naming the field."""
-    if not holds:
-        text = str(actual)
-        text = text if len(text) <= 120 else text[:117] + "..."
-        raise CacheFileError(f"cache file: {field} must be {expected}, got {text}")
-
-
-def is_int(value: object, low: int, high: int = MAX_TOKENS) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def get_int(values: dict, name: str, field: str, low: int, high: int = MAX_TOKENS) -> int:
-    value = values.get(name)
-    check(is_int(value, low, high), f"{field}.{name}", f"an int in [{low}, {high}]", value)
-    return value
-
-
-def get_ints(values: dict, name: str, field: str, low: int, high: int = MAX_TOKENS) -> list[int]:
-    items = values.get(name)
-    holds = isinstance(items, list) and all(is_int(item, low, high) for item in items)
-    check(holds, f"{field}.{name}", f"a list of ints in [{low}, {high}]", items)
-    return items
-
-
-def check_names(values: dict, names: set[str], field: str) -> None:
-    check(isinstance(values, dict), field, "an object", values)
-    extra, missing = sorted(values.keys() - names), sorted(names - values.keys())
-    check(not extra and not missing, field, f"an object of {sorted(names)}", sorted(values))
-
-
-def parse_json(metadata: dict[str, str], name: str, kind: type) -> object:
-    try:
-        value = json.loads(metadata[name])
-    except (ValueError, RecursionError) as error:
-        raise CacheFileError(f"cache file: {name} must be JSON, got {error}") from error
-    check(isinstance(value, kind), name, f"JSON of a {kind.__name__}", metadata[name])
-    return value
-
-
-def digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over the metadata, without the digest, and all tensors with their forms."""
-    form = {name: (str(t.dtype), list(t.shape)) for name, t in tensors.items()}
-    stated = {name: text for name, text in metadata.items() if name != "digest"}
-    sha = hashlib.sha256(json.dumps([stated, form], sort_keys=True).encode())
-    for name in sorted(tensors):
-        sha.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()
+FILE = FileKind("cache file", CacheFileError, "kvcore-cache", "1", ("model", "settings", "layers"))
+check, check_names = FILE.check, FILE.check_names
+get_int, get_ints = FILE.get_int, FILE.get_ints
 
 
 # ---- the store of a quantized layer

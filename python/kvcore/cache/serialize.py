@@ -1,22 +1,19 @@
-"""``TurboCache.save`` and ``TurboCache.load``: safetensors, never pickle."""
+"""``TurboCache.save`` and ``TurboCache.load``."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import pathlib
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvcore.cache import file_format, linear, store_files
-from kvcore.cache.file_format import CacheFileError, check, check_names, get_int, get_ints
+from kvcore.cache.file_format import FILE, CacheFileError, check, check_names, get_int, get_ints
+from kvcore.cache.model_facts import model_facts
 from kvcore.cache.settings import TurboSettings
 from kvcore.cache.turbo_layer import TurboLayer
 
@@ -41,26 +38,8 @@ def save(cache, path: str | os.PathLike) -> None:
         tensors |= {f"layers.{i}.{name}": tensor.cpu() for name, tensor in held.items()}
     settings = dataclasses.asdict(cache.settings)
     stated = {name: settings[name] for name in sorted(_SETTINGS)}
-    metadata = {
-        "format": file_format.FORMAT,
-        "version": file_format.VERSION,
-        "model": json.dumps(cache.model_facts),
-        "settings": json.dumps(stated),
-        "layers": json.dumps(rows),
-    }
-    # A tensor of its own memory each: safetensors refuses views of one.
-    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-    metadata["digest"] = file_format.digest(metadata, tensors)
-    # Under the final name there is a whole file or none.
-    target = pathlib.Path(path)
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    try:
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, target)
-    except SafetensorError as error:
-        raise OSError(f"TurboCache.save: {target} cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    parts = {"model": cache.model_facts, "settings": stated, "layers": rows}
+    FILE.write(path, parts, tensors, "TurboCache.save")
 
 
 def load(
@@ -71,14 +50,14 @@ def load(
     device: torch.device,
 ):
     """See :meth:`kvcore.cache.TurboCache.load`."""
-    metadata, tensors = read(path)
-    facts = file_format.parse_json(metadata, "model", dict)
+    metadata, tensors = FILE.read(path)
+    facts = FILE.parse_json(metadata, "model", dict)
     for name, value in model_facts(config).items():
         check(name in facts, "model", f"the facts of a model with {name}", sorted(facts))
         check(facts[name] == value, f"model.{name}", f"{value!r} as the config has it", facts[name])
-    settings = file_format.parse_json(metadata, "settings", dict)
+    settings = FILE.parse_json(metadata, "settings", dict)
     check_names(settings, _SETTINGS, "settings")
-    rows = file_format.parse_json(metadata, "layers", list)
+    rows = FILE.parse_json(metadata, "layers", list)
     check(len(rows) <= file_format.MAX_LAYERS, "layers", "a list of layers", len(rows))
     for i, row in enumerate(rows):
         check(isinstance(row, dict), f"layers[{i}]", "an object", row)
@@ -103,58 +82,12 @@ def load(
     for i, (row, layer) in enumerate(zip(rows, cache.layers, strict=True)):
         form = _form(row, layer, f"layers[{i}]")
         forms |= {f"layers.{i}.{name}": want for name, want in form.items()}
-    check_names(tensors, set(forms), "tensors")
-    for name, (dtype, shape) in forms.items():
-        actual = (tensors[name].dtype, list(tensors[name].shape))
-        wanted = dtype if isinstance(dtype, tuple) else (dtype,)
-        check(actual[0] in wanted and actual[1] == shape, name, f"{dtype} {shape}", actual)
+    FILE.check_forms(tensors, forms)
     for i, (row, layer) in enumerate(zip(rows, cache.layers, strict=True)):
         prefix = f"layers.{i}."
         held = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         _restore(row, layer, held, f"layers[{i}]", device)
     return cache
-
-
-def read(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a file whose digest is right."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            kind = metadata.get("format")
-            check(kind == file_format.FORMAT, "format", repr(file_format.FORMAT), repr(kind))
-            version = metadata.get("version")
-            check(version == file_format.VERSION, "version", file_format.VERSION, version)
-            check_names(metadata, set(file_format.METADATA), "metadata")
-            # Copies: what safetensors returns may be the file's own memory.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError, UnicodeError, KeyError, RuntimeError) as error:
-        raise CacheFileError(f"cache file: {path} cannot be read: {error}") from error
-    found = file_format.digest(metadata, tensors)
-    check(
-        found == metadata["digest"], "digest", f"{found}, that of the content", metadata["digest"]
-    )
-    return metadata, tensors
-
-
-def model_facts(config: PretrainedConfig) -> dict:
-    """What a cache can know of the model it belongs to. Weights are not among it."""
-    text = config.get_text_config(decoder=True)
-    rope = getattr(text, "rope_parameters", None) or {}
-    theta = rope.get("rope_theta", getattr(text, "rope_theta", None))
-    names = (
-        "model_type",
-        "num_hidden_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "vocab_size",
-    )
-    facts = {name: getattr(text, name, None) for name in names}
-    types = getattr(text, "layer_types", None)
-    return {**facts, "rope_theta": theta, "layer_types": types and list(types)}
 
 
 # ---- one layer

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
+from transformers.cache_utils import DynamicCache, StaticCache
 
 from kvcore.cache import linear, reasons, report, serialize
+from kvcore.cache.model_facts import head_dim_of, is_plain_attention, model_facts
 from kvcore.cache.padding import PaddingTracker
 from kvcore.cache.settings import HEAD_DIMS, TurboSettings, check_bits
 from kvcore.cache.static_layer import StaticTurboLayer
@@ -70,7 +71,7 @@ class TurboCache(DynamicCache):
             if max_cache_len < 1:
                 raise ValueError(f"TurboCache: max_cache_len must be positive, got {max_cache_len}")
             self.layers = StaticCache(config=text_config, max_cache_len=max_cache_len).layers
-        self.model_facts = serialize.model_facts(config)
+        self.model_facts = model_facts(config)
         self.settings = TurboSettings(
             sink_pages=sink_pages,
             low_bit_heads=low_bit_heads,
@@ -83,10 +84,9 @@ class TurboCache(DynamicCache):
         k_bits = _per_layer("k_bits", k_bits, len(self.layers))
         v_bits = _per_layer("v_bits", v_bits, len(self.layers))
         self.tracker = PaddingTracker()
-        head_dim = _head_dim(text_config)
+        head_dim = head_dim_of(text_config)
         for i, layer in enumerate(self.layers):
-            # Subclasses hold more than K and V, or not all of it.
-            if type(layer) not in (DynamicLayer, StaticLayer):
+            if not is_plain_attention(layer):
                 is_sliding = getattr(layer, "is_sliding", False)
                 if not (is_sliding or linear.is_linear(layer) or linear.is_dummy(layer)):
                     kind = type(layer).__name__
@@ -196,16 +196,11 @@ def _per_layer(name: str, bits: int | Sequence[int], num_layers: int) -> list[in
     return [check_bits(f"{name}[{i}]", width) for i, width in enumerate(bits)]
 
 
-def _head_dim(config: PretrainedConfig) -> int:
-    head_dim = getattr(config, "head_dim", None)
-    return head_dim or config.hidden_size // config.num_attention_heads
-
-
 def _rotary_dim(config: PretrainedConfig) -> int:
     """Channels under the rotary embedding; -1 for all of them."""
     rope = getattr(config, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)  # models with several kinds of attention nest it
     share = rope.get("partial_rotary_factor")
     share = share or getattr(config, "partial_rotary_factor", None) or 1.0
-    rotary_dim = int(_head_dim(config) * share)
+    rotary_dim = int(head_dim_of(config) * share)
     return -1 if share == 1.0 or rotary_dim % 2 else rotary_dim
