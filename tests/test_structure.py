@@ -219,7 +219,8 @@ LAYERS = {
     "cache": {"cache", "ops", "_native", "_C"},
     "hf": {"hf", "cache", "ops", "_native"},
     "eval": {"eval", "hf", "cache", "ops", "reference", "_native"},
-    "demo": {"demo", "eval", "hf", "cache", "ops", "_native"},
+    "lexico_training": {"lexico_training", "eval", "hf", "cache", "ops"},
+    "demo": {"demo", "lexico_training", "eval", "hf", "cache", "ops", "_native"},
     "doctor": {"doctor", "demo", "eval", "hf", "cache", "ops", "reference", "_native", "_C"},
 }
 # Third-party packages beside torch, by layer. Only what the demo and the evaluation need.
@@ -228,6 +229,7 @@ THIRD_PARTY = {
     "cache": {"numpy", "safetensors", "transformers"},
     "hf": {"transformers"},
     "eval": {"transformers", "safetensors"},
+    "lexico_training": {"safetensors", "tqdm"},
     "demo": {"matplotlib", "numpy", "safetensors", "tqdm", "transformers"},
     "doctor": {"transformers"},
     "cli": {"transformers", "safetensors"},

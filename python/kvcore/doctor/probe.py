@@ -7,9 +7,7 @@ text's last tokens are scored through each cache, which is what counts in the en
 
 from __future__ import annotations
 
-import contextlib
 import sysconfig
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch import Tensor
 import kvcore
 from kvcore.demo.caches import FULL, CacheChoice
 from kvcore.eval import agreement, bits_per_byte, cache_bytes, kl_divergence, stepwise_scores
+from kvcore.eval.recording import recording
 from kvcore.reference import exact_attention
 
 PAGE_TOKENS = 64
@@ -37,16 +36,12 @@ WIDTHS = (
 MAX_LAYER_ERROR = 0.2
 MAX_KL = 0.002
 
-_PROBE = "kvcore_probe"
 _QK_NORMS = (
     ("q_norm", "k_norm"),
     ("q_layernorm", "k_layernorm"),
     ("query_layernorm", "key_layernorm"),
     ("qk_norm", "qk_norm"),
 )
-
-Recorder = Callable[[Any, Tensor, Tensor, Tensor, dict[str, Any]], None]
-_recorder: list[Recorder] = []
 
 
 def default_text() -> str:
@@ -56,32 +51,6 @@ def default_text() -> str:
         if path.is_file():
             return path.read_text()
     return (__doc__ or "") * 40
-
-
-def _probe_attention(module, query, key, value, attention_mask, **kwargs):
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    for record in _recorder:
-        record(module, query, key, value, kwargs)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-
-
-@contextlib.contextmanager
-def _recording(model: Any, record: Recorder) -> Iterator[None]:
-    """Within it, `record` sees what each attention layer of `model` attends with."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(_PROBE, _probe_attention)
-    AttentionMaskInterface.register(_PROBE, sdpa_mask)
-    previous = model.config._attn_implementation
-    model.set_attn_implementation(_PROBE)
-    _recorder.append(record)
-    try:
-        yield
-    finally:
-        _recorder.remove(record)
-        model.set_attn_implementation(previous)
 
 
 def _quantized_attention(q: Tensor, k: Tensor, v: Tensor, choice: CacheChoice, **kw: Any) -> Tensor:
@@ -259,7 +228,7 @@ def examine(loaded: Any, text: str | None = None, *, max_tokens: int = 1024) -> 
     def record(module: Any, q: Tensor, k: Tensor, v: Tensor, kwargs: dict[str, Any]) -> None:
         layers.append(layer_findings(module, q, k, v, kwargs))
 
-    with torch.no_grad(), _recording(loaded.model, record):
+    with torch.no_grad(), recording(loaded.model, record):
         loaded.model(input_ids=tokens, use_cache=False)
     if not layers:
         raise ValueError(
