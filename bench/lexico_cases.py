@@ -1,0 +1,179 @@
+"""Cases of lexico: the encoder against other pursuits, and attention over codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from peers import lexico as peers
+from peers import turbo as dense_peers
+from torch import Tensor
+
+import kvcore
+from cases import HEAD_DIM, KV_HEADS, Q_HEADS, Case, Variant, _checked, _num_bytes, _relative_error
+
+ATOMS = 4096
+# Each encoder gets as many vectors as make it fast; times are of 1,000 vectors.
+ENCODED = {8: 4096, 16: 4096, 32: 2048}
+SCIKIT_LEARN, BATCHED = 32, 128
+# Of the mean norm of the residual, against the pursuit of the reference in fp64. The peers stop
+# nowhere, ours where fp32 ends: on Gaussian vectors that is not before 32 atoms.
+MAX_RESIDUAL_ERROR = 1e-3
+CHECKED = 16
+
+BLOCK_TOKENS, BUFFER_TOKENS = 4096, 128
+SPARSITIES = (4, 8, 12, 16, 32)
+MAX_ERROR = 5e-3
+
+
+def _dictionary(atoms: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(atoms, HEAD_DIM, generator=generator), dim=1)
+
+
+def _on_one_core(run: Callable[[], object]) -> Callable[[], object]:
+    def alone():
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return run()
+        finally:
+            torch.set_num_threads(threads)
+
+    return alone
+
+
+def _residual_error(x: Tensor, rebuilt: Tensor, dictionary: Tensor, sparsity: int) -> float:
+    """Relative difference of the mean residual to that of the reference's pursuit."""
+    x, dictionary = x[:CHECKED].double(), dictionary.double()
+    pursuit = kvcore.reference.lexico.orthogonal_matching_pursuit
+    indices, values = pursuit(x, dictionary, sparsity=sparsity)
+    exact = (values[:, :, None] * dictionary[indices]).sum(1)
+    expected = (x - exact).norm(dim=1).mean()
+    return abs((x - rebuilt[:CHECKED].double()).norm(dim=1).mean() / expected - 1).item()
+
+
+def _encode(sparsity: int) -> Case:
+    """Vectors of Gaussian channels, a dictionary of random atoms; all on one core."""
+    generator = torch.Generator().manual_seed(sparsity)
+    count = ENCODED[sparsity]
+    x = torch.randn(count, HEAD_DIM, generator=generator)
+    dictionary = _dictionary(ATOMS)
+    gram = dictionary @ dictionary.T
+    shape = {"atoms": ATOMS, "head_dim": HEAD_DIM, "sparsity": sparsity}
+    case = Case(f"encode 1,000 vectors, sparsity {sparsity}, one core", shape, {}, cold=False)
+
+    def add(name: str, vectors: int, run: Callable[[], object], rebuilt: Tensor) -> None:
+        error = _residual_error(x, rebuilt, dictionary, sparsity)
+        error = _checked(name, error, MAX_RESIDUAL_ERROR)
+        case.variants[name] = Variant(_on_one_core(run), 0, error, units=vectors / 1000)
+
+    for name, run in peers.scikit_learn(x[:SCIKIT_LEARN], dictionary, sparsity).items():
+        add(name, SCIKIT_LEARN, run, _on_one_core(run)() @ dictionary)
+
+    def batched():
+        return peers.batched_omp(x[:BATCHED], dictionary, gram, sparsity)
+
+    indices, values = _on_one_core(batched)()
+    add("torch, batched", BATCHED, batched, (values[:, :, None] * dictionary[indices]).sum(1))
+
+    def ours():
+        return kvcore.lexico_encode(x[None, None], dictionary, sparsity=sparsity)
+
+    exact = kvcore.lexico_encode(
+        x[None, None, :CHECKED], dictionary, gram, sparsity=sparsity, dtype=torch.float32
+    )
+    add("kvcore", count, ours, kvcore.lexico_reconstruct(*exact[:3], dictionary)[0, 0])
+    return case
+
+
+def _codes(tokens: int, sparsity: int, atoms: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes over atoms that are all used alike, none twice in a code."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (1, KV_HEADS, tokens)
+    first = torch.randint(0, atoms, (*shape, 1), generator=generator)
+    # A step that has no divisor in common with a power of two.
+    indices = (first + 787 * torch.arange(sparsity)) % atoms
+    coefficients = torch.randint(1, 128, (*shape, sparsity), generator=generator)
+    coefficients *= 2 * torch.randint(0, 2, coefficients.shape, generator=generator) - 1
+    scale = torch.full(shape, HEAD_DIM**0.5 / (74 * sparsity**0.5))  # norms of Gaussian vectors
+    return indices.short(), coefficients.char(), scale.half()
+
+
+def _decode(kv_len: int, atoms: int) -> Case:
+    generator = torch.Generator().manual_seed(kv_len)
+
+    def normal(heads: int, tokens: int) -> Tensor:
+        return torch.randn(1, heads, tokens, HEAD_DIM, generator=generator)
+
+    q, k, v = normal(Q_HEADS, 1), normal(KV_HEADS, kv_len), normal(KV_HEADS, kv_len)
+    shape = {"kv_len": kv_len, "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
+    case = Case(f"decode, {kv_len} tokens, {atoms} atoms", {**shape, "atoms": atoms}, {})
+    dense = dense_peers.sdpa_decode(q, k, v)
+    expected = dense["SDPA fp32, enable_gqa"]()
+    for name, run in dense.items():
+        error = _checked(name, _relative_error(run(), expected), 0.01)
+        size = 2 if "bf16" in name else 4
+        case.variants[name] = Variant(run, 2 * k.numel() * size, error)
+    buffers = [x[:, :, -BUFFER_TOKENS:].bfloat16().contiguous() for x in (k, v)]
+    for sparsity in SPARSITIES:
+        name, variant = _decode_codes(q.bfloat16(), kv_len, atoms, sparsity, buffers)
+        case.variants[name] = variant
+    case.operations = 4 * Q_HEADS * kv_len * HEAD_DIM
+    return case
+
+
+def _decode_codes(
+    q: Tensor, kv_len: int, atoms: int, sparsity: int, buffers: list[Tensor]
+) -> tuple[str, Variant]:
+    """Attention over blocks, a tail and a buffer of the newest tokens."""
+    dictionaries = [_dictionary(atoms, seed) for seed in (1, 2)]
+    tiles = BLOCK_TOKENS // 32
+    blocks: tuple[list[Tensor], list[Tensor]] = ([], [])
+    vectors: tuple[list[Tensor], list[Tensor]] = ([], [])
+    left, seed = kv_len - BUFFER_TOKENS, 0
+    while True:
+        tokens = min(left, BLOCK_TOKENS)
+        codes = [_codes(tokens, sparsity, atoms, seed + i) for i in range(2)]
+        for kept, code, dictionary in zip(vectors, codes, dictionaries, strict=True):
+            kept.append(kvcore.lexico_reconstruct(*code, dictionary))
+        tails = [
+            torch.zeros(1, KV_HEADS, tiles, 64 + 96 * sparsity, dtype=torch.uint8) for _ in "kv"
+        ]
+        lens = torch.zeros(1, dtype=torch.int32)
+        kvcore.lexico_append(*codes[0], *codes[1], *tails, lens)
+        left, seed = left - tokens, seed + 2
+        if tokens < BLOCK_TOKENS:
+            break
+        for kept, block in zip(blocks, kvcore.lexico_seal(*tails, v_atoms=atoms), strict=True):
+            kept.append(block)
+
+    def run():
+        return kvcore.lexico_attention(q, *blocks, *tails, lens, *dictionaries, *buffers)[0]
+
+    k, v = (
+        torch.cat([*kept, buffer.float()], 2) for kept, buffer in zip(vectors, buffers, strict=True)
+    )
+    expected = F.scaled_dot_product_attention(q.float(), k, v, enable_gqa=True)
+    stored = _num_bytes(*blocks[0], *blocks[1])
+    stored += KV_HEADS * -(-int(lens) // 32) * 2 * tails[0].shape[3]
+    name = f"kvcore, sparsity {sparsity}"
+    error = _checked(name, _relative_error(run(), expected), MAX_ERROR)
+    per_vector = stored / (2 * KV_HEADS * (kv_len - BUFFER_TOKENS))
+    read = stored + _num_bytes(*dictionaries, *buffers)
+    return f"{name}, {per_vector:.1f} bytes a vector", Variant(run, read, error)
+
+
+def lexico(quick: bool, device: torch.device) -> Iterator[Callable[[], Case]]:
+    """Cases of the lexico family, each built only when its turn comes. There are none for a GPU."""
+    if device.type != "cpu":
+        return
+    yield lambda: _encode(8)
+    yield lambda: _decode(4096, 4096)
+    if not quick:
+        yield lambda: _encode(16)
+        yield lambda: _encode(32)
+        yield lambda: _decode(4096, 1024)
+        yield lambda: _decode(32768, 4096)
+        yield lambda: _decode(32768, 1024)
