@@ -70,7 +70,7 @@ def _encode(sparsity: int) -> Case:
         case.variants[name] = Variant(_on_one_core(run), 0, error, units=vectors / 1000)
 
     for name, run in peers.scikit_learn(x[:SCIKIT_LEARN], dictionary, sparsity).items():
-        add(name, SCIKIT_LEARN, run, _on_one_core(run)() @ dictionary)
+        add(name, SCIKIT_LEARN, run, _on_one_core(run)().float() @ dictionary)
 
     def batched():
         return peers.batched_omp(x[:BATCHED], dictionary, gram, sparsity)

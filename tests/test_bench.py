@@ -13,7 +13,12 @@ BENCH = pathlib.Path(__file__).resolve().parent.parent / "bench"
 def bench(monkeypatch):
     """Imports come from bench/, whose `cases` is not the one beside this file."""
     monkeypatch.syspath_prepend(str(BENCH))
-    names = [path.stem for path in BENCH.glob("*.py")] + ["peers", "peers.gdn", "peers.turbo"]
+    names = [path.stem for path in BENCH.glob("*.py")] + [
+        "peers",
+        "peers.gdn",
+        "peers.lexico",
+        "peers.turbo",
+    ]
     others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     yield
     for name in names:
@@ -83,6 +88,20 @@ def test_every_case_passes_its_check_and_runs(bench):
         cases._checked("case", 0.5, 0.1)
     with pytest.raises(SystemExit, match=r"relative error nan exceeds 0\.1"):
         cases._checked("case", float("nan"), 0.1)
+
+
+def test_lexicos_cases_pass_their_checks_and_run(bench, monkeypatch):
+    import lexico_cases
+
+    monkeypatch.setattr(lexico_cases, "ATOMS", 160)
+    monkeypatch.setattr(lexico_cases, "ENCODED", {4: 64})
+    monkeypatch.setattr(lexico_cases, "SPARSITIES", (4, 9))
+    encode, decode = lexico_cases._encode(4), lexico_cases._decode(704, 160)
+    assert {"kvcore", "torch, batched", "scikit-learn orthogonal_mp"} <= set(encode.variants)
+    assert "kvcore, sparsity 9, 29.0 bytes a vector" in decode.variants
+    for variant in (*encode.variants.values(), *decode.variants.values()):
+        variant.run()
+    assert encode.variants["kvcore"].units == 0.064
 
 
 def test_parts_of_a_run_are_merged(bench):
