@@ -192,8 +192,8 @@ def finished(tmp_path_factory):
 def test_run_leaves_dictionaries_and_report(finished):
     out, report = finished
     assert sorted(path.name for path in out.iterdir()) == [
+        "dictionaries.json",
         "dictionaries.safetensors",
-        "report.json",
     ]
     made = Dictionaries.load(out)
     assert made.layers == (0, 1)
@@ -201,7 +201,7 @@ def test_run_leaves_dictionaries_and_report(finished):
     assert (made.sparsity, made.model_id, made.head_dim) == (4, "llama", 64)
     assert made.text_sha256 == SOURCE["text_sha256"]
     assert made.notes["recipe"] == dataclasses.asdict(SMALL)
-    assert json.loads((out / "report.json").read_text()) == report
+    assert json.loads((out / "dictionaries.json").read_text()) == report
 
 
 def test_hybrid_models_have_dictionaries_of_their_attention_layers(tmp_path):
@@ -257,7 +257,7 @@ def test_anchors_are_a_local_optimum_and_two_bits_are_four_levels():
 
 def _assert_same(one, other):
     """Two finished runs, bit for bit; safetensors writes its metadata in any order."""
-    assert (one / "report.json").read_bytes() == (other / "report.json").read_bytes()
+    assert (one / "dictionaries.json").read_bytes() == (other / "dictionaries.json").read_bytes()
     name = "dictionaries.safetensors"
     (metadata, tensors), (others_metadata, others) = (FILE.read(x / name) for x in (one, other))
     assert metadata == others_metadata  # among it the digest

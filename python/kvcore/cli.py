@@ -329,7 +329,7 @@ def _train_dictionary(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     print(lexico_training.render(report))
-    print(f"dictionaries and report.json: {args.out}")
+    print(f"dictionaries and dictionaries.json: {args.out}")
     return 0
 
 
@@ -347,7 +347,7 @@ def _train_dictionary_parser(commands: Any) -> None:
         "--out",
         required=True,
         metavar="DIR",
-        help="gets dictionaries.safetensors and report.json; until then, what a run goes on from",
+        help="gets dictionaries.safetensors and dictionaries.json; until then, what a run goes on from",
     )
     parser.add_argument("--atoms", type=int, default=1024, metavar="N", help="default 1024")
     parser.add_argument(

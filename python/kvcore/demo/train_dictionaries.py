@@ -21,7 +21,7 @@ from kvcore.demo.train import STAGES
 from kvcore.lexico_training import Interrupted, Recipe, train
 
 # 1,024 atoms of 64 channels: 512 KiB for each attention layer's pair.
-RECIPE = Recipe(atoms=1024, sparsity=8, steps=6000)
+RECIPE = Recipe(atoms=1024, sparsity=8, steps=2500)
 VECTORS = 262_144
 ROWS = 96
 # In turn; a row without recall may be as long as the demo's contexts get.
