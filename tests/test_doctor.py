@@ -121,6 +121,7 @@ def _environment(**changes):
         "libraries": [{"name": name, **loaded} for name in ("kvcore_cpu", "kvcore_cuda", "_C")],
         "torch_cuda": "13.0",
         "gpus": [{"name": "GPU", "arch": "sm_86"}],
+        "no_gpu": "",
         "transformers": "5.23.0",
         "cpu_isa": {
             "built": ["scalar", "avx2"],
@@ -163,7 +164,11 @@ def _not_loaded(name, reason):
             "install a CUDA build of torch",
         ),
         (
-            {"libraries": _not_loaded("kvcore_cuda", "built, but does not load: libx.so.1")},
+            {
+                "libraries": _not_loaded(
+                    "kvcore_cuda", "libx.so.1: cannot open shared object file: No such file"
+                )
+            },
             "CUDA tensors are refused",
             "libx.so.1",
             "install what the loader misses, or rebuild",
@@ -174,7 +179,12 @@ def _not_loaded(name, reason):
             "built for 90a-real 120-real, which does not run on sm_86",
             "-DKVCORE_CUDA_ARCHS=86",
         ),
-        ({"gpus": []}, "CUDA kernels", "torch finds no GPU", "nvidia-smi"),
+        (
+            {"gpus": [], "no_gpu": "Found no NVIDIA driver on your system"},
+            "CUDA kernels",
+            "torch finds no GPU: Found no NVIDIA driver",
+            "nvidia-smi",
+        ),
         (
             {"libraries": _not_loaded("_C", "not built for this Python")},
             "kvcore._C",
@@ -205,7 +215,8 @@ def _not_loaded(name, reason):
         ({"transformers": None}, "kvcore.cache", "transformers is not installed", "pip install"),
     ],
 )
-def test_fallback_says_why_and_what_to_do(changes, what, reason, remedy):
+def test_fallback_says_why_and_what_to_do(changes, what, reason, remedy, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (fallback,) = environment.fallbacks(_environment(**changes))
     assert what in fallback["what"]
     assert reason in fallback["reason"]

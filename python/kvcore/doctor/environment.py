@@ -55,8 +55,18 @@ def _gpus() -> list[dict[str, Any]]:
     ]
 
 
+def _no_gpu() -> str:
+    """Why torch finds no GPU, as it says itself: no driver, one too old, or nothing there."""
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:
+        return str(error).partition("\n")[0].partition(". ")[0]
+    return "none is there"
+
+
 def collect() -> dict[str, Any]:
     """Versions, native libraries, CPU instruction sets and GPUs, as JSON-ready values."""
+    gpus = _gpus()
     return {
         "kvcore": kvcore.__version__,
         "python": platform.python_version(),
@@ -76,7 +86,8 @@ def collect() -> dict[str, Any]:
         ],
         "build": _build(),
         "cpu_isa": _isa(),
-        "gpus": _gpus(),
+        "gpus": gpus,
+        "no_gpu": "" if gpus else _no_gpu(),
     }
 
 
@@ -99,6 +110,15 @@ def _runs_on(archs: list[str], gpu: str) -> bool:
     return False
 
 
+def _loader_remedy(reason: str) -> str:
+    """What to do about a library that is there and does not load, by what the loader said."""
+    if "cannot open shared object file" in reason:
+        return f"install what the loader misses, or rebuild: {_native.INSTALL}"
+    if "undefined symbol" in reason or "version `" in reason:
+        return f"it was built beside other libraries than these: rebuild: {_native.INSTALL}"
+    return f"the file is damaged or not for this machine: rebuild: {_native.INSTALL}"
+
+
 def _cuda_fallback(env: dict[str, Any], library: dict[str, Any]) -> tuple[str, str, str] | None:
     """Why CUDA kernels are not used: what, reason and remedy; None if they are."""
     what = "CUDA kernels: CUDA tensors are refused"
@@ -109,12 +129,14 @@ def _cuda_fallback(env: dict[str, Any], library: dict[str, Any]) -> tuple[str, s
             then = "" if is_built else ", then rebuild kvcore"
             remedy = f"install a CUDA build of torch{then}"
         elif is_built:
-            remedy = f"install what the loader misses, or rebuild: {_native.INSTALL}"
+            remedy = _loader_remedy(library["reason"])
         else:
             remedy = "rebuild with nvcc on the PATH and KVCORE_CUDA=ON"
         return what, library["reason"], remedy
     if not env["gpus"]:
-        return "CUDA kernels", "torch finds no GPU", "check the driver with nvidia-smi"
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        remedy = "unset CUDA_VISIBLE_DEVICES" if hidden else "check the driver with nvidia-smi"
+        return "CUDA kernels", f"torch finds no GPU: {env['no_gpu']}", remedy
     archs = (env.get("build") or {}).get("cuda_archs")
     left_out = {gpu["arch"] for gpu in env["gpus"] if archs and not _runs_on(archs, gpu["arch"])}
     if left_out:
