@@ -12,14 +12,16 @@
 #   sanitizer  compute-sanitizer: the wrappers and the tests marked cuda and asan
 #   bench      bench/run.py --device cuda
 #
-# Each stage ends by itself: its commands share ten minutes. A stage that cannot run says why and
-# is skipped. FOLDER (default build/gpu-check) gets gpu_check.json and gpu_check_logs.tar.gz, each
+# Each stage ends by itself: its commands share ten minutes, and what tests and benchmarks found until
+# then is kept. A stage that cannot run says why and is skipped. FOLDER (default build/gpu-check) gets gpu_check.json and gpu_check_logs.tar.gz, each
 # below 16 MiB. Exit status: 0 if nothing failed, 1 otherwise.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
-STAGE_SECONDS=590
-MAX_LOG_BYTES=4000000
+STAGE_SECONDS=${STAGE_SECONDS:-570}
+# After the end of its time a command has so long to write down what it found.
+KILL_SECONDS=20
+MAX_ARCHIVE_BYTES=16000000
 STAGES=(build wrappers tests sanitizer bench)
 out=build/gpu-check
 wanted=()
@@ -57,7 +59,8 @@ within() {
   local left=$((deadline - SECONDS))
   [ "$left" -gt 5 ] || { echo "no time left for: $*" >&2; return 124; }
   echo "+ $*" >&2
-  timeout --kill-after=5 "$left" "$@"
+  # As Ctrl-C would, which pytest and bench/run.py take as an end.
+  timeout --signal=INT --kill-after=$KILL_SECONDS "$left" "$@"
 }
 
 # The reason for which a stage is skipped; its status is that of a skip.
@@ -85,12 +88,22 @@ need_gpu() {
   skip "$reason"
 }
 
+loaded=""
 cuda_loads() {
   within "$python" -c '
 from kvcore import _native
 library = _native.status()["kvcore_cuda"]
 print("kvcore_cuda:", library.path, library.reason or "loaded")
-raise SystemExit(not library.loaded)'
+raise SystemExit(not library.loaded)' && loaded=yes
+}
+
+need_library() {
+  need_gpu || return
+  [ -n "$loaded" ] || skip "kvcore_cuda is not loaded"
+}
+
+need_pytest() {
+  within "$python" -c 'import pytest, hypothesis' || skip "pytest or hypothesis is missing"
 }
 
 stage_build() {
@@ -102,7 +115,10 @@ stage_build() {
   done
   local arch=${gpu%% *}
   [ "$arch" = 90 ] && arch=90a
-  CMAKE_ARGS="${CMAKE_ARGS:-} -DKVCORE_CUDA=ON -DKVCORE_CUDA_ARCHS=$arch-real" \
+  # The ops do not need kvcore._C.
+  local host=ON
+  "$python" -c 'import pybind11' || host=OFF
+  CMAKE_ARGS="${CMAKE_ARGS:-} -DKVCORE_CUDA=ON -DKVCORE_CUDA_ARCHS=$arch-real -DKVCORE_HOST=$host" \
     within "$python" setup.py build_ext --inplace || return
   cuda_loads
 }
@@ -130,51 +146,67 @@ stage_wrappers() {
 }
 
 stage_tests() {
-  need_gpu || return
-  within "$python" -c 'import pytest, hypothesis' || { skip "pytest or hypothesis is missing"; return; }
+  need_library || return
+  need_pytest || return
   within "$python" -m pytest -q -m cuda -p no:cacheprovider "--junitxml=$work/tests.xml" tests
+}
+
+# Runs a tool of compute-sanitizer on a command, whose output goes to a log of its own.
+sanitize() {
+  local tool=$1 what=$2 result=ok
+  local log=$work/sanitizer.$what.$tool.log
+  shift 2
+  within compute-sanitizer "--tool=$tool" --error-exitcode=9 "$@" >"$log" 2>&1
+  case $?,$what in
+    0,*) ;;
+    1,wrappers) ;; # a bound, which the stage before reports
+    5,tests) result="no test is marked cuda and asan" ;;
+    124,* | 137,*) result="out of time" ran_out=124 ;;
+    *) result=failed found_some=1 ;;
+  esac
+  printf '%s\t%s\t%s\n' "$what" "$tool" "$result" | tee -a "$work/sanitizer.tsv"
+  [ "$result" = ok ] || tail -n 20 "$log"
 }
 
 stage_sanitizer() {
   need_gpu || return
   have compute-sanitizer || { skip "no compute-sanitizer"; return; }
   compile_wrappers || return
-  local failed=0 tool
+  local found_some=0 ran_out=0 why="" tool
+  if [ -z "$loaded" ]; then
+    why="kvcore_cuda is not loaded"
+  elif ! why=$(need_pytest); then
+    rm -f "$work/$stage.reason"
+  fi
   for tool in memcheck racecheck initcheck synccheck; do
-    within compute-sanitizer "--tool=$tool" --error-exitcode=9 "$work/wrappers" \
-      >"$work/sanitizer.$tool.log" 2>&1
-    # 1: a bound that the stage before reports.
-    case $? in
-      0 | 1) echo "$tool: nothing found in the wrappers" ;;
-      *)
-        echo "$tool: see sanitizer.$tool.log"
-        tail -n 20 "$work/sanitizer.$tool.log"
-        failed=1
-        ;;
-    esac
+    sanitize "$tool" wrappers "$work/wrappers"
   done
-  within "$python" -c 'import pytest, hypothesis' || { echo "no pytest: wrappers only"; return "$failed"; }
-  for tool in memcheck racecheck; do
+  if [ -n "$why" ]; then
+    printf 'tests\tall\tskipped: %s\n' "$why" | tee -a "$work/sanitizer.tsv"
+  else
     # Caching would give a kernel room beyond its tensors.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 within compute-sanitizer "--tool=$tool" --error-exitcode=9 \
-      --target-processes=all "$python" -m pytest -q -x -m "cuda and asan" -p no:cacheprovider tests \
-      >"$work/sanitizer.tests.$tool.log" 2>&1
-    case $? in
-      0) echo "$tool: nothing found in the tests" ;;
-      5) echo "$tool: no test is marked cuda and asan" ;;
-      *)
-        echo "$tool: see sanitizer.tests.$tool.log"
-        tail -n 20 "$work/sanitizer.tests.$tool.log"
-        failed=1
-        ;;
-    esac
-  done
-  return "$failed"
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    for tool in memcheck racecheck; do
+      sanitize "$tool" tests --target-processes=all "$python" -m pytest -q -x \
+        -m "cuda and asan" -p no:cacheprovider tests
+    done
+    unset PYTORCH_NO_CUDA_MEMORY_CACHING
+  fi
+  [ "$found_some" = 0 ] || return 1
+  return "$ran_out"
 }
 
 stage_bench() {
-  need_gpu || return
-  within "$python" bench/run.py --device cuda --out "$work/bench"
+  need_library || return
+  local family families failed=0
+  families=$(PYTHONPATH="bench:$PYTHONPATH" within "$python" -c '
+import run
+print(*run.FAMILIES)') || return
+  # One by one: what a family lacks, or the end of the time, leaves the others' results.
+  for family in $families; do
+    within "$python" bench/run.py --family "$family" --device cuda --out "$work/bench" || failed=$?
+  done
+  return "$failed"
 }
 
 gpu=$(have "$python" && find_gpu)
@@ -209,19 +241,22 @@ for stage in "${STAGES[@]}"; do
   [ "$result" = ok ] || [ "$result" = skipped ] || tail -n 15 "$work/$stage.log"
 done
 
-# Logs that ran away keep their ends.
-for log in "$work"/*.log; do
-  if [ "$(wc -c <"$log")" -gt $MAX_LOG_BYTES ]; then
-    tail -c $MAX_LOG_BYTES "$log" >"$log.end" && mv "$log.end" "$log"
-  fi
-done
 if have "$python"; then
   "$python" bench/gpu_report.py collect "$work" "$gpu" "$out/gpu_check.json" || any_failed=1
 else
   printf '{"stages": [], "reason": "%s was not found"}\n' "$python" >"$out/gpu_check.json"
 fi
-find "$work" -maxdepth 1 \( -name '*.log' -o -name '*.tsv' -o -name 'wrappers.cuda' \
-  -o -name 'wrappers.simt' \) -printf '%f\0' |
-  tar --null -C "$work" -czf "$out/gpu_check_logs.tar.gz" -T -
+# Logs that ran away keep their ends: the fewer bytes the less they compress.
+for max_log_bytes in 4000000 1000000 200000; do
+  for log in "$work"/*.log; do
+    if [ "$(wc -c <"$log")" -gt $max_log_bytes ]; then
+      tail -c $max_log_bytes "$log" >"$log.end" && mv "$log.end" "$log"
+    fi
+  done
+  find "$work" -maxdepth 1 \( -name '*.log' -o -name '*.tsv' -o -name 'wrappers.cuda' \
+    -o -name 'wrappers.simt' \) -printf '%f\0' |
+    tar --null -C "$work" -czf "$out/gpu_check_logs.tar.gz" -T -
+  [ "$(wc -c <"$out/gpu_check_logs.tar.gz")" -gt $MAX_ARCHIVE_BYTES ] || break
+done
 echo "$out/gpu_check.json, $out/gpu_check_logs.tar.gz"
 exit $any_failed

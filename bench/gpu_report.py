@@ -8,6 +8,7 @@ Needs nothing but Python: it also says what was skipped where nothing is install
 
 from __future__ import annotations
 
+import collections
 import json
 import pathlib
 import platform
@@ -54,14 +55,17 @@ def compare(cuda: str, simt: str) -> dict[str, object]:
 def _junit(path: pathlib.Path) -> dict[str, object]:
     suite = ElementTree.parse(path).getroot()
     counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
-    failed = []
+    failed, reasons = [], collections.Counter()
     for element in suite.iter("testsuite"):
         for key in counts:
             counts[key] += int(element.get(key, 0))
     for case in suite.iter("testcase"):
         if case.find("failure") is not None or case.find("error") is not None:
             failed.append(f"{case.get('classname')}::{case.get('name')}")
-    return {**counts, "failed": failed[:MAX_SAMPLES]}
+        if (skipped := case.find("skipped")) is not None:
+            reasons[skipped.get("message", "")] += 1
+    most = dict(reasons.most_common(MAX_SAMPLES))
+    return {**counts, "failed": failed[:MAX_SAMPLES], "skipped_because": most}
 
 
 def _git(*args: str) -> str:
@@ -98,6 +102,11 @@ def collect(work: pathlib.Path, gpu: str) -> dict[str, object]:
         found["wrappers"] = json.loads((work / "wrappers.json").read_text())
     if (work / "tests.xml").exists():
         found["tests"] = _junit(work / "tests.xml")
+    if (work / "sanitizer.tsv").exists():
+        lines = (work / "sanitizer.tsv").read_text().splitlines()
+        found["sanitizer"] = [
+            dict(zip(("what", "tool", "result"), line.split("\t"), strict=True)) for line in lines
+        ]
     for path in sorted(work.glob("bench/*.json")):
         found.setdefault("bench", {})[path.stem] = json.loads(path.read_text())
     return found

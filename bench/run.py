@@ -26,8 +26,36 @@ FAMILIES = {**cases.FAMILIES, "gdn": gdn_cases.gdn, "lexico": lexico_cases.lexic
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 
 
+def run_case(case, rounds: int, ceilings: dict, device: torch.device, flush) -> dict:
+    """Times the variants of a case, and prints them."""
+    variants = {n: v.run for n, v in case.variants.items()}
+    samples = interleave(variants, rounds, device, flush if case.cold else None)
+    for name, variant in case.variants.items():
+        samples[name] = [seconds / variant.units for seconds in samples[name]]
+    entry = {
+        "name": case.name,
+        "shape": case.shape,
+        "cold": case.cold,
+        "operations": case.operations,
+        "variants": {
+            n: {
+                **summary(samples[n]),
+                "bytes_read": v.bytes_read,
+                "error": v.error,
+                "samples": samples[n],
+            }
+            for n, v in case.variants.items()
+        },
+    }
+    print(f"\n{case.name}")
+    for row in report.case_rows(entry, ceilings):
+        text = "  {:28s} {:>10s} ms  [{:>16s}] {:>8s}  {:24s} {}".format(*row)
+        print(text, flush=True)
+    return entry
+
+
 def run_family(name: str, quick: bool, only: str, rounds: int, device: torch.device) -> dict:
-    """Times every case of a family whose name contains ``only``."""
+    """Times every case of a family whose name contains ``only``; Ctrl-C keeps those before it."""
     result = {
         "family": name,
         "machine": machine.describe(device),
@@ -36,34 +64,15 @@ def run_family(name: str, quick: bool, only: str, rounds: int, device: torch.dev
         "cases": [],
     }
     flush = CacheFlusher(device)
-    for build in FAMILIES[name](quick, device):
-        case = build()
-        if only not in case.name:
-            continue
-        variants = {n: v.run for n, v in case.variants.items()}
-        samples = interleave(variants, rounds, device, flush if case.cold else None)
-        for name, variant in case.variants.items():
-            samples[name] = [seconds / variant.units for seconds in samples[name]]
-        entry = {
-            "name": case.name,
-            "shape": case.shape,
-            "cold": case.cold,
-            "operations": case.operations,
-            "variants": {
-                n: {
-                    **summary(samples[n]),
-                    "bytes_read": v.bytes_read,
-                    "error": v.error,
-                    "samples": samples[n],
-                }
-                for n, v in case.variants.items()
-            },
-        }
-        result["cases"].append(entry)
-        print(f"\n{case.name}")
-        for row in report.case_rows(entry, result["ceilings"]):
-            text = "  {:28s} {:>10s} ms  [{:>16s}] {:>8s}  {:24s} {}".format(*row)
-            print(text, flush=True)
+    try:
+        for build in FAMILIES[name](quick, device):
+            case = build()
+            if only in case.name:
+                entry = run_case(case, rounds, result["ceilings"], device, flush)
+                result["cases"].append(entry)
+    except KeyboardInterrupt:
+        result["interrupted"] = True
+        print("\ninterrupted: the cases that ended are kept")
     return result
 
 

@@ -128,6 +128,61 @@ def test_sanitizer_errors_fail(tools, tmp_path):
     assert "a race" in result.stdout
 
 
+def test_without_the_library_nothing_fails_for_it(tools, tmp_path):
+    """A GPU, and a kvcore_cuda that neither loads nor can be built."""
+    tools("nvcc", '[ "$1" = --version ] || cp /bin/true "${@: -1}"')
+    tools("compute-sanitizer", "true")
+    gpu = with_gpu(tools, "  *kvcore_cuda*) exit 1 ;;\n  *import*) ;;\n  setup.py*) exit 3 ;;")
+    _, found = check(tools, tmp_path / "out", "tests", "sanitizer", "bench", **gpu)
+    expected = {"build": "failed", "tests": "skipped", "sanitizer": "ok", "bench": "skipped"}
+    assert results(found) == expected
+    reasons = {stage["reason"] for stage in found["stages"] if stage["result"] == "skipped"}
+    assert reasons == {"kvcore_cuda is not loaded"}
+    assert found["sanitizer"][-1] == {
+        "what": "tests",
+        "tool": "all",
+        "result": "skipped: kvcore_cuda is not loaded",
+    }
+
+
+def test_what_was_found_before_the_end_of_the_time_is_kept(tools, tmp_path):
+    xml = '<testsuite tests="1" failures="0" errors="0" skipped="1">'
+    xml += '<testcase classname="a" name="b"><skipped message="too large"/></testcase></testsuite>'
+    write = 'for a; do case $a in --junitxml=*) f=${a#--junitxml=};; esac; done; echo "$XML" > "$f"'
+    slow = f"trap '{write}; exit 2' INT; sleep 60 & wait"
+    gpu = with_gpu(
+        tools, f"  *kvcore_cuda*) ;;\n  *import\\ pytest*) ;;\n  *-m\\ pytest*) {slow} ;;"
+    )
+    _, found = check(tools, tmp_path / "out", "tests", XML=xml, STAGE_SECONDS="8", **gpu)
+    assert results(found) == {"build": "ok", "tests": "failed: out of time"}
+    assert found["tests"]["skipped_because"] == {"too large": 1}
+    assert max(stage["seconds"] for stage in found["stages"]) < 15
+
+
+def test_a_sanitizer_that_runs_out_of_time_has_found_nothing(tools, tmp_path):
+    tools("nvcc", '[ "$1" = --version ] || cp /bin/true "${@: -1}"')
+    tools("compute-sanitizer", '[ "$1" != --tool=racecheck ] || sleep 60')
+    gpu = with_gpu(tools, "  *kvcore_cuda*) ;;\n  *import*) ;;")
+    _, found = check(tools, tmp_path / "out", "sanitizer", STAGE_SECONDS="8", **gpu)
+    assert results(found) == {"build": "ok", "sanitizer": "failed: out of time"}
+    by_tool = {(row["what"], row["tool"]): row["result"] for row in found["sanitizer"]}
+    assert by_tool["wrappers", "memcheck"] == "ok"
+    assert by_tool["wrappers", "racecheck"] == "out of time"
+    assert by_tool["tests", "racecheck"] == "out of time"
+
+
+def test_benchmarks_of_each_family_are_collected(tools, tmp_path):
+    out = 'for a; do [ "$b" = --out ] && o=$a; [ "$b" = --family ] && f=$a; b=$a; done'
+    out += '; mkdir -p "$o"; [ "$f" != first ] || exit 4; echo "{}" > "$o/$f.json"'
+    gpu = with_gpu(
+        tools,
+        f"  *kvcore_cuda*) ;;\n  *FAMILIES*) echo first second ;;\n  bench/run.py*) {out} ;;",
+    )
+    _, found = check(tools, tmp_path / "out", "bench", **gpu)
+    assert results(found) == {"build": "ok", "bench": "failed"}
+    assert list(found["bench"]) == ["second"]
+
+
 def test_comparison(report):
     same = "exact a 12\nbound b ok 0.25\n"
     assert report.compare(same, same)["differ"] == []
