@@ -127,23 +127,29 @@ TSAN_DIR := $(CURDIR)/build/tsan
 build_simt = cmake -S . -B $(1) -G Ninja --log-level=NOTICE $$CMAKE_ARGS $(2) -DKVCORE_SIMT=ON \
     -DKVCORE_CUDA=OFF -DKVCORE_HOST=OFF -DPython_EXECUTABLE=$(abspath $(PY)) \
   && cmake --build $(1) --target kvcore_simt -j $(MAX_JOBS)
+# The library of folder $(1), and the file in which it notes the kernels that ran.
+with_simt = KVCORE_SIMT_LIBRARY=$(1)/kvcore_simt.so KVCORE_SIMT_LAUNCHES=$(1)/launches
+# All kernels have to have run, unless PYTEST_ARGS left out tests.
+all_launched = $(if $(PYTEST_ARGS),:,$(call with_simt,$(1)) $(PY) -m pytest -q tests/simt/test_launches.py)
 simt: build
 	$(call build_simt,$(SIMT_DIR),-DKVCORE_SANITIZE=ON)
-	@mkdir -p $(ASAN_DIR) && rm -f $(ASAN_DIR)/report.*
-	KVCORE_SIMT_LIBRARY=$(SIMT_DIR)/kvcore_simt.so $(with_asan) \
+	@mkdir -p $(ASAN_DIR) && rm -f $(ASAN_DIR)/report.* $(SIMT_DIR)/launches
+	$(call with_simt,$(SIMT_DIR)) $(with_asan) \
 	  $(RUN_TESTS) -m "$(SIMT_TESTS)" $(PYTEST_ARGS) \
 	  || { cat $(ASAN_DIR)/report.* 2>/dev/null; exit 1; }
+	$(call all_launched,$(SIMT_DIR))
 
 # Races are sought in what kvcore_simt was compiled from, not in torch.
 simt-tsan: build
 	$(call build_simt,$(TSAN_DIR),-DKVCORE_SIMT_TSAN=ON)
-	@rm -f $(TSAN_DIR)/report.*
-	KVCORE_SIMT_LIBRARY=$(TSAN_DIR)/kvcore_simt.so KVCORE_SIMT_MAX_MACS=1000000 \
+	@rm -f $(TSAN_DIR)/report.* $(TSAN_DIR)/launches
+	$(call with_simt,$(TSAN_DIR)) KVCORE_SIMT_MAX_MACS=1000000 \
 	  TSAN_OPTIONS=ignore_noninstrumented_modules=1:log_path=$(TSAN_DIR)/report \
 	  LD_PRELOAD="$(call runtimes,libtsan.so libstdc++.so)" \
 	  $(RUN_TESTS) -m "simt and asan" $(PYTEST_ARGS) \
 	  || { head -200 $(TSAN_DIR)/report.* 2>/dev/null; exit 1; }
 	@if ls $(TSAN_DIR)/report.* >/dev/null 2>&1; then head -200 $(TSAN_DIR)/report.*; exit 1; fi
+	$(call all_launched,$(TSAN_DIR))
 
 CUDA_ARCHS ?= 80;90a-real;120-real
 CUDA_DIR := $(CURDIR)/build/cuda

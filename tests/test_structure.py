@@ -127,6 +127,14 @@ def test_shared_memory_is_dynamic(path):
         assert re.search(r"\b__shared__\b", code(path)) is None
 
 
+@pytest.mark.parametrize("path", kernel_files(), ids=relative)
+def test_kernels_are_called_so(path):
+    # By their names tests/simt/test_launches.py knows which kernels there are.
+    bounds = r"__launch_bounds__\((?:[^()]|\([^()]*\))*\)"
+    for declared in re.findall(r"__global__([^;{]*)", code(path)):
+        assert re.search(r"(\w+)\s*\(", re.sub(bounds, "", declared))[1].endswith("_kernel")
+
+
 @pytest.mark.parametrize("path", sorted(CSRC.glob("*/register.cpp")), ids=relative)
 def test_ops_run_on_the_device_of_their_tensors(path):
     # KVCORE_OP makes it the current one; TORCH_BOX alone would launch on whatever device is.

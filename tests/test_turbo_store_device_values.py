@@ -11,7 +11,7 @@ import torch
 
 import cases
 from cases import REFERENCE, Store
-from compare import assert_bitwise_equal
+from compare import assert_bitwise_equal, assert_same_attention
 from kvcore.reference.turbo import blocks
 from stores import append, assert_same_store, make_kv, on, rewind, run, run_dequantize
 
@@ -187,10 +187,11 @@ def test_check_values_raises_before_anything_is_written(backend):
 
 
 @each_device_backend
-def test_more_slabs_than_the_small_table_takes(backend):
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_more_slabs_than_the_small_table_takes(backend, dtype):
     """Every block in a slab of its own, 72 of them."""
     store = filled_store()
-    k, v = make_kv(64, 200, seed=3, kv_heads=2, batch=3)
+    k, v = make_kv(64, 200, seed=3, kv_heads=2, batch=3, dtype=dtype)
     numbers = {}
     slabs = []
     for slab_idx, slab in enumerate(store.pool):
@@ -208,11 +209,14 @@ def test_more_slabs_than_the_small_table_takes(backend):
         rewind(where, s, torch.tensor([7, 70, 250], dtype=torch.int32))
     assert_same_store(actual, many)
     for a, e in zip(
-        run_dequantize(backend, actual, kv_len=300),
-        run_dequantize(REFERENCE, many, kv_len=300),
+        run_dequantize(backend, actual, kv_len=300, dtype=dtype),
+        run_dequantize(REFERENCE, many, kv_len=300, dtype=dtype),
         strict=True,
     ):
         assert_bitwise_equal(a, e)
+    q = cases.normal(3, 2, 1, 64, seed=4, dtype=dtype)
+    got = backend.ops.turbo_decode(q.to(backend.device), *actual.readable)
+    assert_same_attention(got, REFERENCE.ops.turbo_decode(q, *many.readable))
 
 
 @each_device_backend

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
+#include <set>
 #include <stdexcept>
 
 #include "simt/scheduler.h"
@@ -22,6 +24,22 @@ std::string kernel_name(const void* kernel) {
   const std::string name = status == 0 ? demangled : info.dli_sname;
   std::free(demangled);
   return name;
+}
+
+void record_launch(const void* kernel) {
+  const char* file = std::getenv("KVCORE_SIMT_LAUNCHES");
+  if (file == nullptr || *file == '\0') return;
+  static std::set<const void*> recorded;
+  Dl_info info;
+  if (!recorded.insert(kernel).second || dladdr(kernel, &info) == 0) return;
+  std::ostringstream line;
+  line << std::hex << static_cast<const char*>(kernel) - static_cast<const char*>(info.dli_fbase)
+       << '\n';
+  // In one piece: other processes write to the same file.
+  std::ofstream out(file, std::ios::app);
+  if (!(out << line.str() << std::flush)) {
+    throw std::runtime_error(std::string("KVCORE_SIMT_LAUNCHES: cannot write to ") + file);
+  }
 }
 
 void check_launch(const std::string& kernel, dim3 grid, dim3 block, size_t smem_bytes) {

@@ -22,6 +22,11 @@ std::string format(const T& v) {
 /// Demangled, or "a kernel" for one that is not exported (in an anonymous namespace, say).
 std::string kernel_name(const void* kernel);
 
+/// Appends the kernel's offset in its library, in hexadecimal, to the file that
+/// KVCORE_SIMT_LAUNCHES names, once in a process: tests/simt/test_launches.py tells which kernels
+/// never ran.
+void record_launch(const void* kernel);
+
 /// Throws std::runtime_error if CUDA, or the modelled device, has no room for such a launch.
 void check_launch(const std::string& kernel, dim3 grid, dim3 block, size_t smem_bytes);
 

@@ -283,6 +283,7 @@ void run(const Work& work, dim3 grid, dim3 block, size_t smem_bytes) {
   const std::string kernel = kernel_name(work.kernel);
   check_launch(kernel, grid, block, smem_bytes);
   const std::lock_guard lock(one_launch);
+  record_launch(work.kernel);
   const char* seed = std::getenv("KVCORE_SIMT_SEED");
   launch.shuffled = seed != nullptr && *seed != '\0';
   // Mixed: neighbouring seeds of this generator begin alike.
