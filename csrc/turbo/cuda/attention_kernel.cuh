@@ -233,7 +233,7 @@ __device__ inline void store_nan_rows(const AttentionArgs& args, int64_t head, i
 }
 
 template <int kHeadDim>
-__global__ void __launch_bounds__(kAttentionWarps* kWarpSize)
+__global__ void __launch_bounds__(kAttentionWarps* kWarpSize, kAttentionCtas)
     attention_kernel(const __grid_constant__ AttentionArgs args) {
   using Smem = AttentionSmem<kHeadDim>;
   static_assert(sizeof(Smem) <= kPortableSmemBytes);

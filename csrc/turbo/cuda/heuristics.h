@@ -93,6 +93,11 @@ constexpr int attention_tile_rows(int head_dim) {
   return kAttentionWarps * 16 * attention_warp_tiles(head_dim);
 }
 
+// CTAs that the registers must leave room for on a multiprocessor: two of 128 threads are what 255
+// registers of a thread allow. It has to be said: without it, one word spills for sm_120 at
+// head_dim 128 (nvcc 13.0).
+constexpr int kAttentionCtas = 2;
+
 // Pages in shared memory: one is read while the next arrives. A page's products take longer than a
 // trip to L2, so that more would gain nothing and cost a second CTA on the multiprocessor.
 constexpr int kAttentionStages = 2;
