@@ -9,7 +9,9 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import cases
 from kvcore.eval import kl_divergence
 
 pytest.importorskip("transformers")
@@ -217,3 +219,47 @@ def test_key_bias(control, size):
     found = _text_changes(with_key_bias(control), [EIGHT, FOUR, PLAIN_EIGHT], text)
     _check_bits(found)
     assert found[PLAIN_EIGHT][1] > 5 * found[EIGHT][1]
+
+
+# ---- the CUDA kernels
+
+
+class On(TorchDispatchMode):
+    """Runs the ops of turbo on another backend's kernels, and remembers which ran."""
+
+    def __init__(self, backend):
+        super().__init__()
+        self.backend, self.ran = backend, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("kvcore::")
+        if name.startswith("turbo_"):
+            self.ran.add(name)
+            func = getattr(self.backend.ops, name).default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif("not any(p.id == 'simt' for p in cases.BACKENDS)", reason="no kvcore_simt")
+@pytest.mark.simt
+def test_rotary_outliers_on_the_shim(control):
+    """The same outliers through the CUDA kernels' source: the caches cost what they do on the CPU.
+
+    The small workload above would take the shim an hour, and less text does not tell half a percent
+    of bits per byte: so it is two short sequences, of which every prediction is compared with the
+    CPU's, for which the bounds on bits per byte are tested above.
+    """
+    context_len, scored = 200, 40
+    text = tasks.text_chunks(2, context_len + scored + 2)
+    changed = with_rotary_outliers(control, text)
+    choices = [EIGHT, FOUR, PLAIN_EIGHT]
+    full, *expected = through_caches(changed, [FULL, *choices], text, context_len)
+    with On(cases.SIMT) as simt:
+        found = through_caches(changed, choices, text, context_len)
+    assert {"turbo_calibrate", "turbo_quantize", "turbo_append", "turbo_decode"} <= simt.ran
+    for choice, scores, cpu in zip(choices, found, expected, strict=True):
+        cost = kl_divergence(full, cpu).mean().item()
+        moved = kl_divergence(cpu, scores).mean().item()
+        print(f"{choice.label} (balance {choice.balance}): KL {cost:.2e}, shim to CPU {moved:.2e}")
+        assert moved < 0.01 * cost
+    eight, plain = (kl_divergence(full, found[i]).mean().item() for i in (0, 2))
+    assert plain > 20 * eight
