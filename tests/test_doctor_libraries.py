@@ -43,22 +43,25 @@ def another_torch(path):
 
 
 def missing_version(path):
-    """It needs a symbol version, as of a libc that is newer."""
-    folder = path.parent / "elsewhere"
+    """It needs a symbol of a version, as of a libc, that what is there does not have."""
+    library = path.parent / "elsewhere" / "libversioned.so"
     script = path.with_suffix(".map")
-    script.write_text("RUNTIME_99 { *; };")
-    name = "libversioned.so"
-    versioned = [f"-Wl,-soname,{name}", f"-Wl,--version-script={script}"]
-    shared_library(folder / name, "int runtime() { return 0; }", *versioned)
-    source = "int runtime(); int needs = runtime();"
-    search = [f"-L{folder}", f"-l:{name}", f"-Wl,-rpath,{folder}"]
-    shared_library(path, source, "-Wl,--no-as-needed", *search)
-    shared_library(folder / name, "int runtime() { return 0; }", versioned[0])
+
+    def provide(version):
+        script.write_text(f"RUNTIME_{version} {{ *; }};")
+        soname = f"-Wl,-soname,{library.name}"
+        source = "int runtime() { return 0; }"
+        shared_library(library, source, soname, f"-Wl,--version-script={script}")
+
+    provide(99)
+    search = [f"-L{library.parent}", f"-l:{library.name}", f"-Wl,-rpath,{library.parent}"]
+    shared_library(path, "int runtime(); int needs = runtime();", "-Wl,--no-as-needed", *search)
+    provide(1)
 
 
 def truncated(path):
-    """A copy that broke off."""
-    path.write_bytes((PACKAGE / "kvcore_cpu.so").read_bytes()[:5000])
+    """A copy that broke off, early: past its headers the loader itself would crash."""
+    path.write_bytes((PACKAGE / "kvcore_cpu.so").read_bytes()[:50])
 
 
 def empty(path):
