@@ -9,7 +9,8 @@ from packaging import version
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3NextConfig
 
 from compare import relative_l2
-from kvcore.cache import TurboCache
+from kvcore.cache import Dictionaries, LexicoCache, TurboCache
+from lexico_cases import make_dictionary
 
 transformers.logging.set_verbosity_error()
 
@@ -109,6 +110,43 @@ def real(values, mask):
 
 def turbo_cache(name, bits=8, **arguments):
     return TurboCache(config(name), k_bits=bits, v_bits=bits, **arguments)
+
+
+@functools.cache
+def dictionaries(name, atoms=(96, 80), sparsity=64):
+    """Of random atoms: what they say of K and V is of no importance, but that 64 say it all."""
+    full = [i for i, kind in enumerate(_layer_types(name)) if kind == "full_attention"]
+    pairs = {
+        i: tuple(make_dictionary(n, 64, seed=2 * i + kv) for kv, n in enumerate(atoms))
+        for i in full
+    }
+    return Dictionaries(pairs, config(name), sparsity=sparsity, model_id=name)
+
+
+def _layer_types(name):
+    return getattr(config(name), "layer_types", None) or ["full_attention"] * 2
+
+
+def lexico_cache(name, **arguments):
+    """With as many atoms as channels: what is left is the rounding of coefficients to 8 bits."""
+    sizes = {"buffer_tokens": 24, "encode_tokens": 8}
+    return LexicoCache(config(name), dictionaries(name), **{**sizes, **arguments})
+
+
+each_cache = pytest.mark.parametrize(
+    "make_cache", [turbo_cache, lexico_cache], ids=["turbo", "lexico"]
+)
+
+
+def stored_lens(cache):
+    """Tokens of each sequence that the stores of a cache hold, without padding."""
+    stores = [layer.store for layer in cache.compressed_layers()]
+    lens = stores[0].lens().tolist()
+    for store in stores:
+        assert store.lens().tolist() == lens
+        if isinstance(cache, TurboCache):
+            assert store.seq_lens.tolist() == lens
+    return lens
 
 
 def check_logits(name, logits, ids, mask, bits=8, begin=0):

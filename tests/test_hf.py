@@ -1,6 +1,7 @@
-"""Models of transformers over a TurboCache, against the same models without a cache."""
+"""Models of transformers over compressed caches, against the same models without a cache."""
 
 import copy
+import functools
 import gc
 import weakref
 
@@ -16,11 +17,14 @@ from hf_models import (
     NAMES,
     PADDING,
     check_logits,
+    each_cache,
     full_logits,
+    lexico_cache,
     model,
     prompt,
     real,
     stepwise_logits,
+    stored_lens,
     turbo_cache,
 )
 
@@ -30,38 +34,48 @@ pytestmark = pytest.mark.usefixtures("restored_models")
 # ---- forward
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("make_cache", "bits"),
+    [(turbo_cache, 8), (functools.partial(turbo_cache, bits=4), 4), (lexico_cache, 8)],
+    ids=["turbo-8", "turbo-4", "lexico"],
+)
 @pytest.mark.parametrize("implementation", ["kvcore", "sdpa", "eager"])
 @pytest.mark.parametrize("name", NAMES)
-def test_padded_batch_step_by_step(name, implementation, bits):
+def test_padded_batch_step_by_step(name, implementation, make_cache, bits):
     """A prompt, single tokens and chunks, some of them across pages."""
     kvcore.hf.enable(model(name)).set_attn_implementation(implementation)
     ids, mask = prompt(3, 300, PADDING)
-    cache = turbo_cache(name, bits)
+    cache = make_cache(name)
     logits = stepwise_logits(name, cache, ids, mask, [100, 1, 1, 30, 1, 80, *[1] * 17, 70])
     check_logits(name, logits, ids, mask, bits)
     assert kvcore.hf.fallback_reasons() == {}
     assert cache.get_seq_length() == 300
-    for layer in cache.turbo_layers():
-        assert layer.store.seq_lens.tolist() == [300 - padding for padding in PADDING]
+    assert stored_lens(cache) == [300 - padding for padding in PADDING]
 
 
 @pytest.mark.parametrize("steps", [[20, 20, 20, 20, 20, 40], [95, 45], [1] * 80 + [60], [139, 1]])
 @pytest.mark.parametrize("name", NAMES)
-def test_chunked_prompt_with_padding_longer_than_a_chunk(name, steps):
+@each_cache
+def test_chunked_prompt_with_padding_longer_than_a_chunk(make_cache, name, steps):
     kvcore.hf.enable(model(name))
     ids, mask = prompt(3, 140, PADDING)
-    logits = stepwise_logits(name, turbo_cache(name), ids, mask, steps)
+    logits = stepwise_logits(name, make_cache(name), ids, mask, steps)
     check_logits(name, logits, ids, mask)
     assert kvcore.hf.fallback_reasons() == {}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_implementations_agree_on_the_same_cache(name):
-    """What is left between them is the int8 of queries and probabilities."""
+@pytest.mark.parametrize(
+    ("make_cache", "bound"),
+    [(functools.partial(turbo_cache, bits=4, sas_threshold=None), 0.01),
+     (functools.partial(lexico_cache, k_sparsity=5, v_sparsity=6), 1e-5)],
+    ids=["turbo", "lexico"],
+)  # fmt: skip
+def test_implementations_agree_on_the_same_cache(name, make_cache, bound):
+    """What is left between them is the int8 of turbo's queries and probabilities."""
     kvcore.hf.enable(model(name))
     ids, mask = prompt(3, 200, PADDING)
-    cache = turbo_cache(name, 4, sas_threshold=None)
+    cache = make_cache(name)
     stepwise_logits(name, cache, ids[:, :199], mask, [150, 49])
     logits = {}
     for implementation in ("kvcore", "sdpa", "eager"):
@@ -71,7 +85,7 @@ def test_implementations_agree_on_the_same_cache(name):
             out = model(name)(ids[:, 199:], attention_mask=mask, past_key_values=mine)
         logits[implementation] = out.logits
     assert relative_l2(logits["eager"], logits["sdpa"]) < 1e-5
-    assert relative_l2(logits["kvcore"], logits["sdpa"]) < 0.01
+    assert relative_l2(logits["kvcore"], logits["sdpa"]) < bound
     assert not torch.equal(logits["kvcore"], logits["sdpa"])
 
 
@@ -93,12 +107,13 @@ def test_without_a_cache_and_with_another_one_nothing_changes(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_model_that_is_not_enabled_is_slow_but_right(name):
+@each_cache
+def test_a_model_that_is_not_enabled_is_slow_but_right(make_cache, name):
     """The cache is not told about padding: it stores it, and the mask hides it."""
     ids, mask = prompt(3, 150, PADDING)
-    cache = turbo_cache(name)
+    cache = make_cache(name)
     check_logits(name, stepwise_logits(name, cache, ids, mask, [100, 1, 1, 48]), ids, mask)
-    assert cache.turbo_layers()[0].store.seq_lens.tolist() == [150] * 3
+    assert stored_lens(cache) == [150] * 3
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -154,13 +169,14 @@ def test_enable_rejects():
         kvcore.hf.enable(torch.nn.Linear(1, 1))
 
 
-def test_inner_models_and_positional_arguments():
+@each_cache
+def test_inner_models_and_positional_arguments(make_cache):
     name = "llama"
     net = kvcore.hf.enable(model(name))
     ids, mask = prompt(3, 120, PADDING)
-    cache = turbo_cache(name)
+    cache = make_cache(name)
     with torch.no_grad():
         net.model(ids[:, :100], mask[:, :100], None, cache)
         hidden = net.model(ids[:, 100:], mask, None, cache).last_hidden_state
     check_logits(name, net.lm_head(hidden), ids, mask, begin=100)
-    assert cache.layers[0].store.seq_lens.tolist() == [120 - padding for padding in PADDING]
+    assert stored_lens(cache) == [120 - padding for padding in PADDING]

@@ -1,4 +1,4 @@
-"""`generate` of transformers over a TurboCache: every way in which it calls a cache."""
+"""`generate` of transformers over compressed caches: every way in which it calls a cache."""
 
 import pytest
 import torch
@@ -10,13 +10,15 @@ from hf_models import (
     HYBRID_NAMES,
     NAMES,
     check_logits,
+    each_cache,
     full_logits,
     model,
     needs_hybrids,
     prompt,
     stepwise_logits,
-    turbo_cache,
+    stored_lens,
 )
+from kvcore.cache import TurboCache
 
 pytestmark = pytest.mark.usefixtures("restored_models")
 
@@ -33,24 +35,25 @@ def best_choices(name, sequences, mask, begin):
 LOGIT_ERROR = 0.17
 
 
+@each_cache
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tokens", [40, 100])
-def test_greedy_generation(name, tokens):
+def test_greedy_generation(make_cache, name, tokens):
     kvcore.hf.enable(model(name))
     ids, mask = prompt(3, tokens, (0, 17, 33))
-    cache = turbo_cache(name)
+    cache = make_cache(name)
     out = model(name).generate(ids, attention_mask=mask, past_key_values=cache, do_sample=False,
                                max_new_tokens=40, eos_token_id=None)  # fmt: skip
     assert out.shape == (3, tokens + 40)
     assert best_choices(name, out, mask, tokens).max() < LOGIT_ERROR
     assert kvcore.hf.fallback_reasons() == {}
     assert cache.get_seq_length() == tokens + 39
-    for layer in cache.turbo_layers():
-        assert layer.store.seq_lens.tolist() == [tokens + 39 - padding for padding in (0, 17, 33)]
+    assert stored_lens(cache) == [tokens + 39 - padding for padding in (0, 17, 33)]
 
 
+@each_cache
 @pytest.mark.parametrize("name", NAMES)
-def test_beam_search(name):
+def test_beam_search(make_cache, name):
     kvcore.hf.enable(model(name))
     ids, mask = prompt(2, 150, (0, 17))
     arguments = {
@@ -63,7 +66,7 @@ def test_beam_search(name):
         "return_dict_in_generate": True,
         "output_scores": True,
     }
-    cache = turbo_cache(name)
+    cache = make_cache(name)
     out = model(name).generate(ids, past_key_values=cache, **arguments)
     full = torch.cat([mask, mask.new_ones(2, 20)], 1)
     logits = full_logits(name, out.sequences, full)[:, 149:-1].log_softmax(-1)
@@ -74,6 +77,9 @@ def test_beam_search(name):
                                 **arguments)  # fmt: skip
     assert (best.sequences_scores - scores).max() < 20 * LOGIT_ERROR / 2
     assert kvcore.hf.fallback_reasons() == {}
+    if not isinstance(cache, TurboCache):
+        assert stored_lens(cache) == [169] * 4 + [152] * 4
+        return
     # Eight beams of 169 tokens hold less than two times what two sequences do.
     store = cache.turbo_layers()[0].store
     assert store.batch == 8
@@ -81,13 +87,14 @@ def test_beam_search(name):
     assert sum(store.pool.num_used(bits) for bits in (8, 4, 2)) <= 2 * 2 * 2 * 2 * 2
 
 
+@each_cache
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_prompt_lookup_crops(name):
+def test_prompt_lookup_crops(make_cache, name):
     kvcore.hf.enable(model(name))
     ids, _ = prompt(1, 30)
     ids = ids.repeat(1, 4)  # so that there is something to look up
     mask = torch.ones_like(ids)
-    cache = turbo_cache(name)
+    cache = make_cache(name)
     cropped = []
     crop = type(cache).crop
     cache.crop = lambda count: (cropped.append(count), crop(cache, count))
@@ -99,21 +106,23 @@ def test_prompt_lookup_crops(name):
     assert kvcore.hf.fallback_reasons() == {}
 
 
+@each_cache
 @needs_hybrids
-def test_assisted_decoding_is_refused_for_hybrids():
+def test_assisted_decoding_is_refused_for_hybrids(make_cache):
     name = "qwen3_next"
     kvcore.hf.enable(model(name))
     ids, mask = prompt(1, 80)
     with pytest.raises(ValueError, match=r"crop|stateful|cache"):
-        model(name).generate(ids, attention_mask=mask, past_key_values=turbo_cache(name),
+        model(name).generate(ids, attention_mask=mask, past_key_values=make_cache(name),
                              max_new_tokens=4, prompt_lookup_num_tokens=4)  # fmt: skip
 
 
+@each_cache
 @pytest.mark.parametrize("name", NAMES)
-def test_turns_and_reset(name):
+def test_turns_and_reset(make_cache, name):
     kvcore.hf.enable(model(name))
     ids, mask = prompt(1, 90)
-    cache = turbo_cache(name)
+    cache = make_cache(name)
     arguments = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
     for turn in range(3):
         more, _ = prompt(1, 25, seed=turn + 1)
@@ -128,22 +137,29 @@ def test_turns_and_reset(name):
     assert cache.get_seq_length() == 0
     other, mask = prompt(1, 100, seed=9)
     again = model(name).generate(other, attention_mask=mask, past_key_values=cache, **arguments)
-    fresh = model(name).generate(other, attention_mask=mask, past_key_values=turbo_cache(name),
+    fresh = model(name).generate(other, attention_mask=mask, past_key_values=make_cache(name),
                                  **arguments)  # fmt: skip
     assert torch.equal(again, fresh)
 
 
+def num_blocks(cache):
+    return sum(slab.shape[0] for slab in cache.turbo_layers()[0].store.pool.slabs)
+
+
+@each_cache
 @pytest.mark.parametrize("name", ["llama", *HYBRID_NAMES])
-def test_several_answers_to_one_prompt(name):
+def test_several_answers_to_one_prompt(make_cache, name):
     """The prompt is read once and repeated; answers share its pages."""
     kvcore.hf.enable(model(name))
     ids, mask = prompt(2, 140, (0, 40))
-    cache = turbo_cache(name)
+    cache = make_cache(name)
     stepwise_logits(name, cache, ids, mask, [140])
-    pool = sum(slab.shape[0] for slab in cache.turbo_layers()[0].store.pool.slabs)
+    has_pages = isinstance(cache, TurboCache)
+    pool = num_blocks(cache) if has_pages else 0
     cache.batch_repeat_interleave(3)
     cache.batch_select_indices(torch.tensor([0, 2, 3, 5]))
-    assert sum(slab.shape[0] for slab in cache.turbo_layers()[0].store.pool.slabs) == pool
+    if has_pages:
+        assert num_blocks(cache) == pool
     rows = [0, 0, 1, 1]
     more, _ = prompt(4, 30, seed=3)
     ids, mask = torch.cat([ids[rows], more], 1), torch.cat([mask[rows], torch.ones_like(more)], 1)

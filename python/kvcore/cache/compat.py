@@ -33,12 +33,10 @@ def index_list(indices: Tensor, batch: int) -> list[int]:
     """Sequence numbers in [0, batch) out of an int or bool index tensor."""
     if isinstance(indices, Tensor) and indices.dtype == torch.bool:
         if tuple(indices.shape) != (batch,):
-            raise IndexError(
-                f"TurboCache: indices must be bool [{batch}], got {list(indices.shape)}"
-            )
+            raise IndexError(f"kvcore: indices must be bool [{batch}], got {list(indices.shape)}")
         indices = indices.nonzero()[:, 0]
     numbers = torch.as_tensor(indices).reshape(-1).tolist()
     for number in numbers:
         if not -batch <= number < batch:
-            raise IndexError(f"TurboCache: indices must be in [0, {batch}), got {number}")
+            raise IndexError(f"kvcore: indices must be in [0, {batch}), got {number}")
     return [number % batch for number in numbers]

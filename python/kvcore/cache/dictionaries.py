@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from kvcore.cache.checks import is_int
+from kvcore.cache.lexico_settings import MAX_SPARSITY
 from kvcore.cache.model_facts import attention_layers, head_dim_of, kv_heads_of, model_facts
-from kvcore.cache.safe_file import FileKind, is_int
+from kvcore.cache.safe_file import FileKind
 from kvcore.cache.settings import HEAD_DIMS
 
 # What the ops accept, csrc/lexico/layout.h.
 MAX_ATOMS = 32768
-MAX_SPARSITY = 64
 NORM_TOLERANCE = 1e-4
 
 FILE_NAME = "dictionaries.safetensors"
@@ -43,6 +44,12 @@ class Pair(NamedTuple):
 
     k: Tensor
     v: Tensor
+
+    def __deepcopy__(self, memo: dict) -> Pair:
+        return self
+
+    def to(self, device: torch.device | str) -> Pair:
+        return Pair(*(tensor.to(device) for tensor in self))
 
 
 class Dictionaries:
@@ -115,6 +122,7 @@ class Dictionaries:
 
     def _adopt(self, pairs: dict[int, Pair], model: dict, facts: dict, notes: dict) -> None:
         self._pairs = {i: Pair(*(t.contiguous() for t in pair)) for i, pair in pairs.items()}
+        self._moved: dict[tuple[int, torch.device], Pair] = {}
         self.layers = tuple(self._pairs)
         self.model = model
         self.model_id: str = facts["model_id"]
@@ -135,6 +143,10 @@ class Dictionaries:
     def atoms(self) -> dict[int, tuple[int, int]]:
         """Atoms of K's and of V's dictionary, by layer."""
         return {i: (pair.k.shape[0], pair.v.shape[0]) for i, pair in self._pairs.items()}
+
+    def largest_sparsity(self) -> int:
+        """The most atoms that a code may have: 64, and no more than atoms or channels."""
+        return _largest_sparsity(self._pairs)
 
     def nbytes(self) -> int:
         """Bytes of all dictionaries."""
@@ -161,8 +173,18 @@ class Dictionaries:
             return self
         moved = object.__new__(Dictionaries)
         vars(moved).update(vars(self))
-        moved._pairs = {i: Pair(*(t.to(device) for t in p)) for i, p in self._pairs.items()}
+        moved._pairs = {i: pair.to(device) for i, pair in self._pairs.items()}
+        moved._moved = {}
         return moved
+
+    def pair(self, layer: int, device: torch.device) -> Pair:
+        """K's and V's dictionary of a layer on a device; copied there once for all caches."""
+        home = self._pairs[layer]
+        if home.k.device == device:
+            return home
+        if (layer, device) not in self._moved:
+            self._moved[layer, device] = home.to(device)
+        return self._moved[layer, device]
 
     def check_model(self, config: PretrainedConfig) -> None:
         """Refuses a model whose facts are not those of the model that these are of.
@@ -263,13 +285,12 @@ def _norms(atoms: Tensor, field: str) -> tuple[bool, str, str, str]:
 
 def _sparsity(sparsity: object, pairs: dict[int, Pair]) -> tuple[bool, str, str, object]:
     """Arguments of a check that codes may have so many atoms."""
-    limit = largest_sparsity(pairs.values())
+    limit = _largest_sparsity(pairs)
     return is_int(sparsity, 1, limit), "sparsity", f"an int in [1, {limit}]", repr(sparsity)
 
 
-def largest_sparsity(pairs) -> int:
-    """The most atoms a code may have with any of these pairs: 64, and no more than there are."""
-    sizes = [size for pair in pairs for tensor in pair for size in tensor.shape]
+def _largest_sparsity(pairs: dict[int, Pair]) -> int:
+    sizes = [size for pair in pairs.values() for tensor in pair for size in tensor.shape]
     return min([MAX_SPARSITY, *sizes])
 
 

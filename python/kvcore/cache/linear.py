@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvcore.cache.checks import is_int
 from kvcore.cache.compat import index_list
 from kvcore.cache.file_format import check, check_names, get_ints
-from kvcore.cache.safe_file import is_int
 
 
 def select_layer(layer: object, indices: Tensor) -> None:

@@ -18,11 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-MAX_INT = 1 << 40
-
-
-def is_int(value: object, low: int, high: int = MAX_INT) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+from kvcore.cache.checks import MAX_INT, is_int
 
 
 def digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+
+from kvcore.cache.checks import is_int, is_number
 
 PAGE_TOKENS = 64
 HEADER_BYTES = 64
@@ -52,18 +53,16 @@ class TurboSettings:
         check_bits("k_bits", self.k_bits)
         check_bits("v_bits", self.v_bits)
         rules = (
-            ("sink_pages", "an int in [0, 2^31)", _is_int(self.sink_pages, 0, MAX_SINK_PAGES)),
-            ("low_bit_heads", "in [0, 1]", _is_number(self.low_bit_heads, 0, 1)),
+            ("sink_pages", "an int in [0, 2^31)", is_int(self.sink_pages, 0, MAX_SINK_PAGES)),
+            ("low_bit_heads", "in [0, 1]", is_number(self.low_bit_heads, 0, 1)),
             ("balance", "a bool", isinstance(self.balance, bool)),
             ("subtract_mean", "a bool", isinstance(self.subtract_mean, bool)),
-            ("tail_margin", "in [1, 2^127]", _is_number(self.tail_margin, 1, MAX_TAIL_MARGIN)),
+            ("tail_margin", "in [1, 2^127]", is_number(self.tail_margin, 1, MAX_TAIL_MARGIN)),
             (
                 "sas_threshold",
                 "in [-87, 0) or None",
                 self.sas_threshold is None
-                or (
-                    _is_number(self.sas_threshold, MIN_SAS_THRESHOLD, 0) and self.sas_threshold < 0
-                ),
+                or (is_number(self.sas_threshold, MIN_SAS_THRESHOLD, 0) and self.sas_threshold < 0),
             ),
             ("rotary_dim", "an even int up to 256, or -1", _is_rotary(self.rotary_dim)),
         )
@@ -77,15 +76,5 @@ class TurboSettings:
         return round(self.low_bit_heads * kv_heads)
 
 
-def _is_int(value: object, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _is_number(value: object, low: float, high: float) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return math.isfinite(value) and low <= value <= high
-
-
 def _is_rotary(value: object) -> bool:
-    return _is_int(value, -1, max(HEAD_DIMS)) and (value == -1 or value % 2 == 0)
+    return is_int(value, -1, max(HEAD_DIMS)) and (value == -1 or value % 2 == 0)

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from kvcore import ops
 from kvcore.cache.calibration import calibrate, left_padding_tensor
+from kvcore.cache.exact import ordinary_tensors
 from kvcore.cache.pages import PagePool
 from kvcore.cache.settings import PAGE_TOKENS, TurboSettings
 
 _append = torch.ops.kvcore.turbo_append.default
 _decode = torch.ops.kvcore.turbo_decode.default
-
-
-@contextlib.contextmanager
-def ordinary_tensors():
-    """Tensors made here can be changed in place later, inside and outside inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 class TurboStore:
@@ -113,6 +105,10 @@ class TurboStore:
                 begin.adopt(store.tail_scale)
                 store.append_op(k, v, left_padding_tensor(left, k.device))
             return store
+
+    @property
+    def device(self) -> torch.device:
+        return self.seq_lens.device
 
     @property
     def batch(self) -> int:
@@ -351,6 +347,23 @@ class TurboStore:
             "tail": [self.tail, self.tail_scale, self.clamp_count, self.seq_lens],
             "table": [self.block_table],
             "calibration": calibration,
+        }
+
+    def report(self) -> dict:
+        """What the memory report says of the store beside bytes and tokens."""
+        self.collect()
+        widths = self.pool.bytes_by_width()
+        pool = {bits: total for bits, (total, _) in widths.items()}
+        pool["free"] = sum(free for _, free in widths.values())
+        k_bits, v_bits = self.head_bits.tolist()
+        k_clamped, v_clamped = self.clamp_count.sum(dim=(0, 2)).tolist()
+        return {
+            "pool": pool,
+            "k_bits": k_bits,
+            "v_bits": v_bits,
+            "k_clamped": k_clamped,
+            "v_clamped": v_clamped,
+            "clamped": k_clamped + v_clamped,
         }
 
 

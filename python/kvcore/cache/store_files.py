@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvcore.cache.exact import ordinary_tensors
 from kvcore.cache.pages import PagePool
 from kvcore.cache.settings import (
     PAGE_TOKENS,
@@ -15,7 +16,7 @@ from kvcore.cache.settings import (
     block_bytes,
 )
 from kvcore.cache.static_store import StaticStore
-from kvcore.cache.store import TurboStore, ordinary_tensors
+from kvcore.cache.store import TurboStore
 
 _ROW_MASK = (1 << SLAB_INDEX_BITS) - 1
 

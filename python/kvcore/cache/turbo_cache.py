@@ -7,19 +7,18 @@ import os
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.cache_utils import StaticCache
 
-from kvcore.cache import linear, reasons, report, serialize
-from kvcore.cache.model_facts import head_dim_of, is_plain_attention, model_facts
-from kvcore.cache.padding import PaddingTracker
+from kvcore.cache import reasons, serialize
+from kvcore.cache.compressed_cache import CompressedCache
+from kvcore.cache.model_facts import head_dim_of, is_plain_attention
 from kvcore.cache.settings import HEAD_DIMS, TurboSettings, check_bits
 from kvcore.cache.static_layer import StaticTurboLayer
 from kvcore.cache.turbo_layer import TurboLayer
 
 
-class TurboCache(DynamicCache):
+class TurboCache(CompressedCache):
     """K and V of a model in 8, 4 or 2 bits (TurboAttention, arXiv 2412.08585).
 
     Pass it to ``generate`` or ``forward`` as ``past_key_values``, and call
@@ -60,18 +59,14 @@ class TurboCache(DynamicCache):
         sas_threshold: float | None = -15.0,
         max_cache_len: int | None = None,
     ) -> None:
-        if not isinstance(config, PretrainedConfig):
-            kind = type(config).__name__
-            raise ValueError(f"TurboCache: config must be the model's configuration, got {kind}")
+        super().__init__(config)
         text_config = config.get_text_config(decoder=True)
-        super().__init__(config=text_config)
         if max_cache_len is not None:
             if isinstance(max_cache_len, bool) or not isinstance(max_cache_len, int):
                 raise ValueError(f"TurboCache: max_cache_len must be an int, got {max_cache_len!r}")
             if max_cache_len < 1:
                 raise ValueError(f"TurboCache: max_cache_len must be positive, got {max_cache_len}")
             self.layers = StaticCache(config=text_config, max_cache_len=max_cache_len).layers
-        self.model_facts = model_facts(config)
         self.settings = TurboSettings(
             sink_pages=sink_pages,
             low_bit_heads=low_bit_heads,
@@ -83,70 +78,28 @@ class TurboCache(DynamicCache):
         )
         k_bits = _per_layer("k_bits", k_bits, len(self.layers))
         v_bits = _per_layer("v_bits", v_bits, len(self.layers))
-        self.tracker = PaddingTracker()
         head_dim = head_dim_of(text_config)
-        for i, layer in enumerate(self.layers):
-            if not is_plain_attention(layer):
-                is_sliding = getattr(layer, "is_sliding", False)
-                if not (is_sliding or linear.is_linear(layer) or linear.is_dummy(layer)):
-                    kind = type(layer).__name__
-                    reasons.record("unsupported layer", f"a {kind} stays what it is, uncompressed")
-                continue
-            if head_dim not in HEAD_DIMS:
-                supported = ", ".join(map(str, HEAD_DIMS))
-                reasons.record(
-                    "unsupported head_dim",
-                    f"got {head_dim}, supported are {supported}; layers are cached exactly",
-                )
-                break
+        has_kernels = head_dim in HEAD_DIMS
+        if not has_kernels and any(map(is_plain_attention, self.layers)):
+            supported = ", ".join(map(str, HEAD_DIMS))
+            reasons.record(
+                "unsupported head_dim",
+                f"got {head_dim}, supported are {supported}; layers are cached exactly",
+            )
+
+        def make_layer(i: int) -> TurboLayer | None:
+            if not has_kernels:
+                return None
             settings = dataclasses.replace(self.settings, k_bits=k_bits[i], v_bits=v_bits[i])
             if max_cache_len is None:
-                self.layers[i] = TurboLayer(settings, self.tracker, i)
-            else:
-                self.layers[i] = StaticTurboLayer(
-                    settings, self.tracker, i, max_cache_len=max_cache_len
-                )
+                return TurboLayer(settings, self.tracker, i)
+            return StaticTurboLayer(settings, self.tracker, i, max_cache_len=max_cache_len)
 
-    @property
-    def is_croppable(self) -> bool:
-        """Whether ``crop`` undoes the newest tokens of every layer; recurrent states cannot."""
-        return all(
-            getattr(layer, "is_croppable", not linear.is_linear(layer)) for layer in self.layers
-        )
+        self._compress(make_layer)
 
     def turbo_layers(self) -> list[TurboLayer]:
         """The layers that are quantized."""
-        return [layer for layer in self.layers if isinstance(layer, TurboLayer)]
-
-    def announce(
-        self, attention_mask: Tensor | dict[str, Tensor] | None, *, native: bool = False
-    ) -> None:
-        """Tells the cache which of the tokens of the next updates are padding.
-
-        :func:`kvcore.hf.enable` does this. Leading padding of a sequence is then not stored.
-
-        Args:
-            attention_mask: ``[batch, tokens]`` over all tokens including the new ones, nonzero for
-                a real one; or the mask made of it, ``[batch, 1, q_len, tokens]``; or None.
-            native: the model's attention implementation is ``kvcore``.
-        """
-        self.tracker.announce(attention_mask, native=native)
-
-    def nbytes(self) -> int:
-        """Bytes of the memory behind every tensor of the cache, linear-attention states too."""
-        return self.memory_report()["nbytes"]
-
-    def memory_report(self) -> dict:
-        """What the cache holds, per layer and in total; see :func:`kvcore.cache.report.report`."""
-        return report.report(self.layers)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes the cache to a safetensors file; spare blocks are left out.
-
-        Raises:
-            NotImplementedError: if the model has layers with no file format.
-        """
-        serialize.save(self, path)
+        return self.compressed_layers()
 
     @classmethod
     def load(
@@ -173,16 +126,6 @@ class TurboCache(DynamicCache):
             CacheFileError: a ValueError, naming the field.
         """
         return serialize.load(cls, path, config, max_cache_len, torch.device(device))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each sequence ``repeats`` times, in place of it."""
-        for layer in self.layers:
-            linear.repeat_layer(layer, repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the sequences ``indices``, int64 or bool ``[batch]``, in that order."""
-        for layer in self.layers:
-            linear.select_layer(layer, indices)
 
 
 def _per_layer(name: str, bits: int | Sequence[int], num_layers: int) -> list[int]:

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from torch.utils._pytree import tree_map_only
 
 if TYPE_CHECKING:
-    from kvcore.cache.turbo_layer import TurboLayer
+    from kvcore.cache.layer import CompressedLayer
 
 
 class Snapshot:
@@ -22,7 +22,7 @@ class Snapshot:
 
     __slots__ = ("_tensors", "epoch", "layer", "num_tokens", "width")
 
-    def __init__(self, layer: TurboLayer, num_tokens: int, width: int | None = None) -> None:
+    def __init__(self, layer: CompressedLayer, num_tokens: int, width: int | None = None) -> None:
         self.layer = layer
         self.num_tokens = num_tokens
         # Tokens that readers see: the rest is zero.
@@ -35,6 +35,17 @@ class Snapshot:
         """Whether the layer holds these tokens and no others."""
         return self.epoch == self.layer.epoch and self.num_tokens == self.layer.store.num_tokens
 
+    def rebuild(self) -> tuple[Tensor, Tensor]:
+        """K and V ``[batch, kv_heads, num_tokens or more, head_dim]``; padding is zero."""
+        return self.layer.dequantize()
+
+    def attend(self, q: Tensor, *, scale: float | None, causal: bool) -> Tensor:
+        """Attention of ``q`` ``[batch, q_heads, q_len, head_dim]`` over the tokens, shape of q.
+
+        Only while the snapshot is current.
+        """
+        return self.layer.store.decode(q, scale=scale, causal=causal)
+
     def materialize(self, kv_idx: int) -> Tensor:
         """K (0) or V (1), ``[batch, kv_heads, width, head_dim]``; padding is zero."""
         if self.epoch != self.layer.epoch:
@@ -44,7 +55,7 @@ class Snapshot:
             )
         if self._tensors is None:
             # K is always read with V: one pass builds both. They live as long as the view does.
-            tensors = self.layer.dequantize()
+            tensors = self.rebuild()
             room = (0, 0, 0, self.width - self.num_tokens)
             tensors = [tensor[:, :, : self.num_tokens] for tensor in tensors]
             self._tensors = [pad(tensor, room) if room[3] else tensor for tensor in tensors]

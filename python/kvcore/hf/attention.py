@@ -68,7 +68,7 @@ def kvcore_attention(
     elif type(key) is LazyKV:
         reason = _reason(query, key, value, attention_mask, dropout, is_causal, special, kwargs)
         if reason is None:
-            out = key.snapshot.layer.store.decode(query, scale=scaling, causal=is_causal)
+            out = key.snapshot.attend(query, scale=scaling, causal=is_causal)
             return out.transpose(1, 2), None
         reasons.record(*reason)
         num_tokens = key.snapshot.num_tokens

@@ -10,7 +10,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from kvcore.cache import TurboCache
+from kvcore.cache import CompressedCache
 from kvcore.hf import gdn
 from kvcore.hf.attention import kvcore_attention
 
@@ -63,7 +63,7 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
     if model.config._attn_implementation != NAME:
         raise ValueError(
             f"kvcore.hf.enable: {type(model).__name__} does not take its attention from "
-            "transformers' AttentionInterface; a TurboCache works with it as it is, but rebuilds "
+            "transformers' AttentionInterface; a kvcore cache works with it as it is, but rebuilds "
             "K and V in every step"
         )
     routed = gdn.modules_of(model)
@@ -134,17 +134,17 @@ def _hook(model: PreTrainedModel) -> list:
 
 def _announce(places: dict[str, int], module, args: tuple, kwargs: dict) -> None:
     cache = _argument("past_key_values", places, args, kwargs)
-    if not isinstance(cache, TurboCache):
+    if not isinstance(cache, CompressedCache):
         return
     mask = _argument("attention_mask", places, args, kwargs)
     if not torch.compiler.is_compiling():
         cache.announce(mask, native=module.config._attn_implementation == NAME)
-    elif not all(layer.can_compile for layer in cache.turbo_layers()):
+    elif not all(layer.can_compile for layer in cache.compressed_layers()):
         _announce_on_host(cache, mask, module.config._attn_implementation == NAME)
 
 
-@torch.compiler.disable(reason="the prompt tells a TurboCache what is padding: run it eagerly")
-def _announce_on_host(cache: TurboCache, mask: object, native: bool) -> None:
+@torch.compiler.disable(reason="the prompt tells a kvcore cache what is padding: run it eagerly")
+def _announce_on_host(cache: CompressedCache, mask: object, native: bool) -> None:
     cache.announce(mask, native=native)
 
 
