@@ -97,10 +97,13 @@ def test_lexicos_cases_pass_their_checks_and_run(bench, monkeypatch):
     monkeypatch.setattr(lexico_cases, "ENCODED", {4: 64})
     monkeypatch.setattr(lexico_cases, "SPARSITIES", (4, 9))
     encode, decode = lexico_cases._encode(4), lexico_cases._decode(704, 160)
+    on_gpu = lexico_cases._encode_on_gpu(4, 64, torch.device("cpu"))
     assert {"kvcore", "torch, batched", "scikit-learn orthogonal_mp"} <= set(encode.variants)
     assert "kvcore, sparsity 9, 29.0 bytes a vector" in decode.variants
-    for variant in (*encode.variants.values(), *decode.variants.values()):
-        variant.run()
+    assert set(on_gpu.variants) == {"kvcore", "torch, batched"}
+    for case in (encode, decode, on_gpu):
+        for variant in case.variants.values():
+            variant.run()
     assert encode.variants["kvcore"].units == 0.064
 
 

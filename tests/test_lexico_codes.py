@@ -5,12 +5,13 @@ import re
 import pytest
 import torch
 from sklearn.linear_model import orthogonal_mp
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kvcore
-from cases import BF16, DTYPES, F32, HEAD_DIMS, LAYOUTS, normal, with_layout
+from cases import BF16, DTYPES, F32, HEAD_DIMS, LAYOUTS, each_backend, normal, with_layout
 from compare import assert_bitwise_equal, assert_close
 from kvcore.reference import lexico
-from lexico_cases import changed, each_backend, make_dictionary
+from lexico_cases import changed, make_dictionary
 
 NAMES = ("indices", "coefficients", "scale", "residual")
 
@@ -53,7 +54,8 @@ def assert_same_codes(actual, expected, x, dictionary, share=0.995):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_reference(backend, head_dim, dtype):
-    x = normal(2, 3, 17, head_dim, seed=1, dtype=dtype)
+    tokens = 17 if backend.runs(102 * 300 * 256 * 9) else 3
+    x = normal(2, 3, tokens, head_dim, seed=1, dtype=dtype)
     dictionary = make_dictionary(300, head_dim)
     for sparsity in (1, 8):
         actual = backend.ops.lexico_encode(
@@ -80,7 +82,10 @@ def test_every_number_of_atoms(atoms, with_gram):
         )
 
 
-@pytest.mark.parametrize(("sparsity", "share"), [(8, 0.995), (16, 0.995), (32, 0.98)])
+GOALS = pytest.mark.parametrize(("sparsity", "share"), [(8, 0.995), (16, 0.995), (32, 0.98)])
+
+
+@GOALS
 def test_support_and_residual_of_both_searches(sparsity, share):
     # The goals of the encoder at their sizes; the two searches are chosen by the number of vectors.
     x = normal(1, 1, 400, 128, seed=3)
@@ -144,7 +149,8 @@ def test_encode_is_sklearns_matching_pursuit():
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, F32], ids=str)
 def test_tolerance(backend, dtype):
-    x = normal(2, 2, 60, 64, seed=6) * torch.logspace(-3, 3, 60).view(1, 1, -1, 1)
+    heads = 2 if backend.runs(240 * 512 * 64 * 24) else 1
+    x = normal(heads, heads, 60, 64, seed=6) * torch.logspace(-3, 3, 60).view(1, 1, -1, 1)
     dictionary = make_dictionary(512, 64)
     arguments = {"sparsity": 24, "tolerance": 0.4, "dtype": dtype}
     actual = backend.ops.lexico_encode(
@@ -450,6 +456,19 @@ def test_opcheck():
     codes = kvcore.lexico_encode(x, dictionary, sparsity=3)[:3]
     reconstruct = torch.ops.kvcore.lexico_reconstruct.default
     torch.library.opcheck(reconstruct, (*codes, dictionary), {"dtype": BF16})
+
+
+def test_fake_tensors_on_cuda():
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 5, 96, dtype=BF16, device="cuda")
+        dictionary = torch.empty(200, 96, device="cuda")
+        for dtype in (torch.int8, torch.float8_e4m3fn, F32):
+            codes = kvcore.lexico_encode(x, dictionary, sparsity=4, dtype=dtype)
+            assert [tuple(y.shape) for y in codes] == [(2, 3, 5, 4)] * 2 + [(2, 3, 5)] * 2
+            assert [y.dtype for y in codes] == [torch.int16, dtype, torch.float16, F32]
+            assert {y.device.type for y in codes} == {"cuda"}
+        back = kvcore.lexico_reconstruct(*codes[:3], dictionary, dtype=BF16)
+        assert (back.shape, back.dtype, back.device.type) == (x.shape, BF16, "cuda")
 
 
 def test_compiled_equals_eager():

@@ -25,6 +25,15 @@ REQUIRED: dict[str, list[str]] = {
     "rewind_kernel|dequantize_kernel|append_tail_kernel": ["LDG.E.128|LD.E.128"],
     r"\battention_kernel<": ["IMMA.16832.S8.S8", "LDSM", "LDGSTS", "LDS.128", "MUFU.EX2"],
     r"\bdecode_kernel<": ["IMMA.16832.S8.S8", "LDSM", "LDGSTS", "LDS.128", "MUFU.EX2", "HFMA2"],
+    "encode_select_kernel": [
+        "HMMA.16816.F32.BF16",
+        "LDGSTS",
+        "LDS.128",
+        "LDG.E.128",
+        "VIMNMX|IMNMX",
+    ],
+    "encode_step_kernel": ["DFMA", "LDG.E.128", "STG.E.128", "LDGSTS"],
+    r"\breconstruct_kernel": ["LDG.E.128|LD.E.128"],
 }
 
 

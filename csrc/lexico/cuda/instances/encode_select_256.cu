@@ -1,0 +1,7 @@
+#include "lexico/cuda/encode_launch.cuh"
+
+namespace kvcore::lexico {
+
+template void launch_encode_select<256>(const EncodeArgs&, int);
+
+}  // namespace kvcore::lexico

@@ -1,0 +1,7 @@
+#include "lexico/cuda/encode_launch.cuh"
+
+namespace kvcore::lexico {
+
+template void launch_encode_step<2>(const EncodeArgs&, int);
+
+}  // namespace kvcore::lexico
