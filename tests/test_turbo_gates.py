@@ -141,10 +141,9 @@ class Size:
 
 
 WHOLE = Size(8, 8192, 64)
-# 1 G multiply-adds a case, an hour for all of them, are too many for the SIMT shim. 4 M of one seed
-# are seconds, but no sample of the stated means, which one seed misses by more than 10 %: there the
-# error has to be that of the reference on the same problem, which is held to the figures at full
-# size.
+# 1 G multiply-adds a case are more than every run of the SIMT shim can take. 4 M of one seed are no
+# sample of the stated means, which one seed misses by more than 10 %: there the error has to be
+# that of the reference on the same problem, which is held to the figures at full size.
 SMALL = Size(1, 2048, 8)
 
 
@@ -212,13 +211,18 @@ def store_error(
     return mean_error(out.cpu(), exact)
 
 
-# Gate 1 ties the backends to the reference, so that it need not run every time.
+# Gate 1 ties the backends to the reference, so that it need not run every time; nor need the SIMT
+# shim, which takes minutes.
 each_accuracy_backend = pytest.mark.parametrize(
     "backend",
     [
         pytest.param(cases.REFERENCE, id="reference", marks=pytest.mark.slow),
-        pytest.param(cases.CPU, id="cpu"),
-        pytest.param(cases.CUDA, id="cuda", marks=pytest.mark.cuda),
+        *(
+            pytest.param(*param.values, id=param.id, marks=[*param.marks, pytest.mark.slow])
+            if param.id == "simt"
+            else param
+            for param in cases.BACKENDS
+        ),
     ],
 )
 

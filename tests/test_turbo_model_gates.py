@@ -45,6 +45,42 @@ def size(request):
     return request.param
 
 
+class On(TorchDispatchMode):
+    """Runs the ops of turbo on another backend's kernels, and remembers which ran."""
+
+    def __init__(self, backend):
+        super().__init__()
+        self.backend, self.ran = backend, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("kvcore::")
+        if name.startswith("turbo_"):
+            self.ran.add(name)
+            func = getattr(self.backend.ops, name).default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(*param.values, id=param.id, marks=[*param.marks, pytest.mark.slow])
+        if param.id == "simt"
+        else param
+        for param in cases.BACKENDS
+        if param.id != "cuda"
+    ]
+)
+def kernels(request, size):
+    """Whose kernels run: the CPU's, or the source of CUDA's, which takes minutes."""
+    if request.param is cases.CPU:
+        yield
+        return
+    if size is WHOLE:
+        pytest.skip("hours on the SIMT shim")
+    with On(request.param) as ran_on:
+        yield
+    assert {"turbo_calibrate", "turbo_quantize", "turbo_append", "turbo_decode"} <= ran_on.ran
+
+
 @pytest.fixture(scope="module", params=models.NAMES)
 def model(request):
     return models.load(request.param)
@@ -195,7 +231,7 @@ def test_rotary_outliers_leave_the_full_cache_alone(model):
 
 
 @pytest.mark.parametrize("factor", [16, 32])
-def test_rotary_outliers(model, size, factor):
+def test_rotary_outliers(model, size, factor, kernels):
     text = _text(size)
     changed = with_rotary_outliers(model, text[:2], factor)
     found = _text_changes(changed, [EIGHT, FOUR, PLAIN_EIGHT], text)
@@ -204,7 +240,7 @@ def test_rotary_outliers(model, size, factor):
     assert found[PLAIN_EIGHT][1] > 20 * found[EIGHT][1]
 
 
-def test_8_bit_without_balance_fails_on_rotary_outliers(control, size):
+def test_8_bit_without_balance_fails_on_rotary_outliers(control, size, kernels):
     """The outliers are a test only if the method without its remedy does not pass it."""
     text = _text(size)
     changed = with_rotary_outliers(control, text[:2], 32)
@@ -214,29 +250,11 @@ def test_8_bit_without_balance_fails_on_rotary_outliers(control, size):
     assert change.low > 0
 
 
-def test_key_bias(control, size):
+def test_key_bias(control, size, kernels):
     text = _text(size)
     found = _text_changes(with_key_bias(control), [EIGHT, FOUR, PLAIN_EIGHT], text)
     _check_bits(found)
     assert found[PLAIN_EIGHT][1] > 5 * found[EIGHT][1]
-
-
-# ---- the CUDA kernels
-
-
-class On(TorchDispatchMode):
-    """Runs the ops of turbo on another backend's kernels, and remembers which ran."""
-
-    def __init__(self, backend):
-        super().__init__()
-        self.backend, self.ran = backend, set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.removeprefix("kvcore::")
-        if name.startswith("turbo_"):
-            self.ran.add(name)
-            func = getattr(self.backend.ops, name).default
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.skipif("not any(p.id == 'simt' for p in cases.BACKENDS)", reason="no kvcore_simt")
@@ -244,9 +262,8 @@ class On(TorchDispatchMode):
 def test_rotary_outliers_on_the_shim(control):
     """The same outliers through the CUDA kernels' source: the caches cost what they do on the CPU.
 
-    The small workload above would take the shim an hour, and less text does not tell half a percent
-    of bits per byte: so it is two short sequences, of which every prediction is compared with the
-    CPU's, for which the bounds on bits per byte are tested above.
+    The workloads above are slow there, and less text does not tell half a percent of bits per byte:
+    so it is two short sequences, of which every prediction is compared with the CPU's.
     """
     context_len, scored = 200, 40
     text = tasks.text_chunks(2, context_len + scored + 2)
