@@ -209,6 +209,29 @@ def test_generate_turbo_matches_the_cache_class(checkpoint, capsys):
     assert f"{cache_bytes(cache).kv:,} bytes of K and V" in captured.err
 
 
+def test_generate_lexico_matches_the_cache_class(capsys):
+    options = ["--cache", "lexico", "--k-sparsity", "9", "--v-sparsity", "5"]
+    options += ["--k-tolerance", "0.3", "--buffer-tokens", "16", "--encode-tokens", "8"]
+    assert _generate("hybrid", "--prompt", TEXT, *options) == 0
+    captured = capsys.readouterr()
+    loaded = textmodel.load("hybrid")
+    model, ids = loaded.model, loaded.encode(TEXT)
+    cache = kvcore.cache.LexicoCache(
+        model.config,
+        kvcore.cache.Dictionaries.load(model.name_or_path),
+        k_sparsity=9,
+        v_sparsity=5,
+        k_tolerance=0.3,
+        buffer_tokens=16,
+        encode_tokens=8,
+    )
+    kvcore.hf.enable(model)
+    expected = model.generate(ids, past_key_values=cache, max_new_tokens=24, do_sample=False)
+    assert captured.out == loaded.decode(expected[0, ids.shape[1] :].tolist()) + "\n"
+    assert f"9+5 atoms cache: {ids.shape[1]} + " in captured.err
+    assert f"{cache_bytes(cache).kv:,} bytes of K and V" in captured.err
+
+
 def test_generate_reads_standard_input(checkpoint, monkeypatch, capsys):
     import io
 
@@ -253,6 +276,10 @@ def test_generate_chat_template(checkpoint, capsys):
         (["--prompt", "x", "--device", "toaster"], "--device must be cpu or cuda, got toaster"),
         (["--prompt", "x", "--device", "meta"], "--device must be cpu or cuda, got meta"),
         (["--prompt", "x", "--sink-pages", "9" * 20], "--sink-pages must be an int in [0, 2^31)"),
+        (["--prompt", "x", "--k-sparsity", "0"], "--k-sparsity must be an int in [1, 64], got 0"),
+        (["--prompt", "x", "--v-tolerance", "1"], "--v-tolerance must be in [0, 1), got 1.0"),
+        (["--prompt", "x", "--buffer-tokens", "-1"], "--buffer-tokens must be an int in [0, "),
+        (["--prompt", "x", "--cache", "lexico"], "dictionaries: there are none in "),
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "x" * 3000], "exceed the 512 positions"),
         (["--prompt", "x", "--temperature", "-1"], "temperature must be at least 0, got -1.0"),
@@ -372,6 +399,7 @@ def test_generate_rejects_and_counts(checkpoint):
         ({"k_bits": 5}, "k_bits must be 8, 4 or 2, got 5"),
         ({"v_bits": (8, 3)}, "v_bits must be 8, 4 or 2, got 3"),
         ({"sink_pages": -2}, r"sink_pages must be an int in \[0, 2\^31\), got -2"),
+        ({"encode_tokens": 0}, r"encode_tokens must be an int in \[1, 4096\], got 0"),
         ({"low_bit_heads": 1.5}, r"low_bit_heads must be in \[0, 1\], got 1.5"),
     ],
 )

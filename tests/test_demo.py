@@ -172,9 +172,14 @@ def test_json_has_no_nan():
 def test_plot(tmp_path):
     path = tmp_path / "plot.png"
     rows = [
-        _row(name, cache, kv_bytes=size)
+        _row(name, cache, kv_bytes=size, kind=kind)
         for name in models.NAMES
-        for cache, size in (("full", 9000), ("8 bit", 5000), ("2 bit", 2000))
+        for cache, size, kind in (
+            ("full", 9000, "full"),
+            ("8 bit", 5000, "turbo"),
+            ("2 bit", 2000, "turbo"),
+            ("8+4 atoms", 2500, "lexico"),
+        )
     ]
     assert report.plot(rows, str(path)) == f"plot: {path}"
     assert path.read_bytes().startswith(b"\x89PNG")
@@ -229,6 +234,14 @@ def test_demo_end_to_end(tiny, tmp_path, capsys):
         assert two["state_bytes"] == full["state_bytes"]
         assert (full["state_bytes"] > 0) == (name == "hybrid")
         assert len(models.encode(two["sample"])) >= 6
+        sparse = [row for key, row in rows.items() if key[0] == name and row["kind"] == "lexico"]
+        assert [row["cache"] for row in sparse] == ["11+5 atoms", "7+4 atoms"]
+        for row in sparse:
+            # An atom of 64 channels in fp32, for K and V.
+            assert row["dictionary_bytes"] == attention * 2 * 1024 * 64 * 4
+            assert row["kv_bytes"] < rows[name, "full"]["kv_bytes"]
+            assert row["quality"]["kl"]["mean"] > 0
+        assert sparse[1]["kv_bytes"] < sparse[0]["kv_bytes"]
 
 
 def test_demo_of_one_model(tiny, tmp_path, capsys):
@@ -256,15 +269,15 @@ def test_demo_mistakes(argv, message, capsys):
 
 def test_generate_with_a_shipped_model(capsys):
     outputs = []
-    for kind in ("full", "turbo"):
+    for kind in ("full", "turbo", "lexico"):
         argv = ["generate", "--model", "hybrid", "--prompt", "def f(x):\n    ret"]
         assert cli.main([*argv, "--cache", kind, "--max-new-tokens", "12"]) == 0
         captured = capsys.readouterr()
         assert "bytes of recurrent state" in captured.err
         outputs.append(captured.out)
     assert outputs[0].startswith("urn ")
-    # Fewer than 64 tokens are not quantized yet.
-    assert outputs[0] == outputs[1]
+    # Fewer than 64 tokens are not quantized yet, and fewer than 128 not coded.
+    assert outputs[0] == outputs[1] == outputs[2]
 
 
 def test_same_start():

@@ -7,6 +7,7 @@ standard error), 130 for an interruption.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -117,18 +118,11 @@ def _generate(args: argparse.Namespace) -> int:
     from kvcore.demo.generate import generate
 
     try:
-        choice = CacheChoice(
-            args.cache,
-            args.k_bits,
-            args.v_bits,
-            args.sink_pages,
-            args.low_bit_heads,
-            args.balance,
-            args.subtract_mean,
-        )
+        names = [field.name for field in dataclasses.fields(CacheChoice) if field.name != "kind"]
+        choice = CacheChoice(args.cache, **{name: getattr(args, name) for name in names})
     except ValueError as error:
         # The settings' names are the options'.
-        name, _, rest = str(error).removeprefix("TurboCache: ").partition(" ")
+        name, _, rest = str(error).split(": ", 1)[-1].partition(" ")
         raise UserError(f"--{name.replace('_', '-')} {rest}") from error
     _check_isa()
     text = args.prompt if args.prompt is not None else _read_text(args.prompt_file)
@@ -222,7 +216,9 @@ def _generate_parser(commands: Any) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
     cache = parser.add_argument_group("cache")
-    cache.add_argument("--cache", default="turbo", metavar="KIND", help="turbo (default) or full")
+    cache.add_argument(
+        "--cache", default="turbo", metavar="KIND", help="turbo (default), lexico or full"
+    )
     for name in ("k", "v"):
         cache.add_argument(
             f"--{name}-bits", type=int, default=4, metavar="B", help="8, 4 (default) or 2"
@@ -238,6 +234,30 @@ def _generate_parser(commands: Any) -> None:
     )
     cache.add_argument(
         "--no-mean", dest="subtract_mean", action="store_false", help="keep the channel mean in K"
+    )
+    codes = parser.add_argument_group("cache, with --cache lexico")
+    codes.add_argument(
+        "--dictionaries",
+        metavar="PATH",
+        help="what train-dictionary made (default: beside the model's weights)",
+    )
+    for name in ("k", "v"):
+        codes.add_argument(
+            f"--{name}-sparsity", type=int, metavar="N", help="atoms of a code (default as trained)"
+        )
+    for name in ("k", "v"):
+        codes.add_argument(
+            f"--{name}-tolerance",
+            type=float,
+            default=0.0,
+            metavar="T",
+            help="relative error at which a code may end sooner (default 0)",
+        )
+    codes.add_argument(
+        "--buffer-tokens", type=int, default=128, metavar="N", help="newest ones kept (default 128)"
+    )
+    codes.add_argument(
+        "--encode-tokens", type=int, default=32, metavar="N", help="coded together (default 32)"
     )
     _add_model_options(parser)
     parser.set_defaults(run=_generate)
@@ -261,9 +281,9 @@ def _demo_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="compare full and compressed caches on two small models shipped with kvcore",
-        description="Generates from a source file of the running Python with the full cache and "
-        "with TurboCache at several widths, measures what each costs in quality on held-out text "
-        "and recall, and prints a table. Takes minutes; downloads nothing.",
+        description="Generates from a source file of the running Python with the full cache, with "
+        "TurboCache at several widths and with LexicoCache, measures what each costs in quality on "
+        "held-out text and recall, and prints a table. Takes minutes; downloads nothing.",
     )
     parser.add_argument(
         "--model", action="append", metavar="NAME", help="hybrid or control (default both)"
@@ -329,7 +349,7 @@ def _train_dictionary(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     print(lexico_training.render(report))
-    print(f"dictionaries and dictionaries.json: {args.out}")
+    print(f"dictionaries.safetensors, and .json with these figures: {args.out}")
     return 0
 
 
@@ -347,7 +367,7 @@ def _train_dictionary_parser(commands: Any) -> None:
         "--out",
         required=True,
         metavar="DIR",
-        help="gets dictionaries.safetensors and dictionaries.json; until then, what a run goes on from",
+        help="gets dictionaries.safetensors and .json; until then, what a run goes on from",
     )
     parser.add_argument("--atoms", type=int, default=1024, metavar="N", help="default 1024")
     parser.add_argument(

@@ -28,6 +28,8 @@ class Row:
     tokens_per_second: float
     quality: Quality
     sample: str  # what the model wrote
+    kind: str = "turbo"
+    dictionary_bytes: int = 0  # shared by all caches of the model, and not among kv_bytes
 
     @property
     def ratio(self) -> float:
@@ -107,18 +109,23 @@ def plot(rows: list[Row], path: str) -> str:
         ("KL to the full cache, nats per byte", lambda q: q.kl, 1),
     )
     for panel, (title, pick, factor) in zip(panels, drawn, strict=True):
-        for name, marker in zip(names, "os^Dv", strict=False):
-            # Nothing to compare: the full cache is the zero of every panel.
-            points = [row for row in rows if row.model == name and row.cache != "full"]
+        series = [(name, kind) for name in names for kind in ("turbo", "lexico")]
+        for name, kind in series:
+            # Nothing to compare with the full cache: it is the zero of every panel.
+            points = [row for row in rows if (row.model, row.kind) == (name, kind)]
+            if not points:
+                continue
             intervals = [pick(row.quality) for row in points]
             x = [row.kv_bytes / row.tokens for row in points]
             panel.errorbar(
                 x,
                 [factor * i.mean for i in intervals],
                 yerr=[0 if math.isnan(i.half_width) else factor * i.half_width for i in intervals],
-                marker=marker,
+                color=f"C{names.index(name)}",
+                marker="os^Dv"[names.index(name)],
+                linestyle="--" if kind == "lexico" else "-",
                 capsize=3,
-                label=name,
+                label=f"{name}, {kind}",
             )
             for row, at, i in zip(points, x, intervals, strict=True):
                 panel.annotate(

@@ -1,4 +1,4 @@
-"""``kvcore demo``: two small models, five caches, one table for each model."""
+"""``kvcore demo``: two small models, seven caches, one table for each model."""
 
 from __future__ import annotations
 
@@ -86,6 +86,8 @@ def _row(loaded: TextModel, choice: CacheChoice, made: Generated, quality: Quali
         tokens_per_second=made.tokens_per_second,
         quality=quality,
         sample=loaded.decode(made.tokens),
+        kind=choice.kind,
+        dictionary_bytes=made.cache.dictionaries.nbytes() if choice.kind == "lexico" else 0,
     )
 
 
@@ -104,7 +106,7 @@ def _describe(loaded: TextModel, made: dict[CacheChoice, Generated], prompt: tas
         if choice != FULL:
             same = _same_start(full.tokens, result.tokens)
             lines.append(
-                f"  {choice.label:<7} the first {same} of {len(full.tokens)} bytes are the same"
+                f"  {choice.label:<10} the first {same} of {len(full.tokens)} bytes are the same"
             )
     return "\n".join(lines)
 
@@ -168,7 +170,12 @@ def main(
     for name in names:
         model_rows, text = run_model(name, size, work, prompt)
         rows += model_rows
-        print(f"{text}\n\n{report.table(model_rows)}\n", flush=True)
+        shared = max(row.dictionary_bytes for row in model_rows)
+        print(
+            f"{text}\n\n{report.table(model_rows)}\nThe atoms are of dictionaries of {shared:,} "
+            "bytes, which all caches of the model share.\n",
+            flush=True,
+        )
     print(report.CAVEAT)
     print(
         "The models compute in float32, and so does the full cache; sizes are compared with 16 "

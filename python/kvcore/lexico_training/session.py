@@ -269,8 +269,8 @@ def train(
         model: of transformers, in evaluation mode, whose attention goes through
             ``AttentionInterface``; layers without it (recurrent ones) are left out.
         rows: int64 ``[tokens]`` each, at least two; the first ones are held out for the report.
-        out: folder for ``dictionaries.safetensors`` and ``dictionaries.json``; what a run needs to go on
-            is in ``training/`` below it until then.
+        out: folder for ``dictionaries.safetensors`` and the report, ``dictionaries.json``; what a
+            run needs to go on is in ``training/`` below it until then.
         name: the model's, for the file.
         source: where the tokens are from, for the file: ``text_sha256`` and other JSON values.
         recipe: hyperparameters.
