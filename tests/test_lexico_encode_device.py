@@ -80,6 +80,7 @@ def test_a_vector_does_not_depend_on_the_others(backend, given_gram, tolerance):
 
 
 @each_device_backend
+@pytest.mark.asan
 def test_dictionaries_begin_anywhere(backend):
     x, dictionary = normal(1, 1, 3, 64, seed=20), make_dictionary(70, 64)
     shifted = torch.cat([torch.zeros(1), dictionary.flatten()]).to(backend.device)[1:].view(70, 64)
