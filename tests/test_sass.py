@@ -25,6 +25,7 @@ REQUIRED: dict[str, list[str]] = {
     "append_(page|tail)_kernel|rewind_kernel": ["STG.E.128|ST.E.128"],
     "rewind_kernel|dequantize_kernel|append_tail_kernel": ["LDG.E.128|LD.E.128"],
     r"\battention_kernel<": ["IMMA.16832.S8.S8", "LDSM", "LDGSTS", "LDS.128", "MUFU.EX2"],
+    r"\brecurrent_step_kernel<": ["LDG.E.128", "STG.E.128", "SHFL"],
     r"\bdecode_kernel<": ["IMMA.16832.S8.S8", "LDSM", "LDGSTS", "LDS.128", "MUFU.EX2", "HFMA2"],
     "encode_select_kernel": [
         "HMMA.16816.F32.BF16",

@@ -15,6 +15,8 @@ enum ErrorFlag : uint32_t {
   kErrorLeftPadding = 1u << 3,
   kErrorNewLens = 1u << 4,
   kErrorIndices = 1u << 5,
+  kErrorStateIndices = 1u << 6,
+  kErrorNumAccepted = 1u << 7,
 };
 
 struct ErrorText {
@@ -28,6 +30,8 @@ constexpr ErrorText kErrorTexts[] = {
     {kErrorLeftPadding, "left_padding: negative or more than the number of tokens"},
     {kErrorNewLens, "new_lens: negative or more than seq_lens"},
     {kErrorIndices, "indices: out of range"},
+    {kErrorStateIndices, "state_indices: no slot of the pool, or a slot that is named twice"},
+    {kErrorNumAccepted, "num_accepted: less than 1 or more than the columns of state_indices"},
 };
 
 // ---- Each library (kvcore_cpu, kvcore_cuda, kvcore_simt) defines these for itself.

@@ -63,6 +63,20 @@ __device__ inline float load_channel(const DeviceRows& rows, int64_t offset, int
   }
 }
 
+/// One element of an output, likewise of any type.
+__device__ inline void store_element(const OutputView& out, int64_t index, float value) {
+  switch (out.dtype) {
+    case Dtype::kFloat16:
+      static_cast<Half*>(out.data)[index] = from_float<Half>(value);
+      return;
+    case Dtype::kBFloat16:
+      static_cast<BFloat16*>(out.data)[index] = from_float<BFloat16>(value);
+      return;
+    default:
+      static_cast<float*>(out.data)[index] = value;
+  }
+}
+
 /// Four channels to a row of a contiguous output, rounded to nearest even.
 template <class T>
 __device__ inline void store_channels(T* row, int channel, const float (&in)[4]) {

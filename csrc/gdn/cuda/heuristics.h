@@ -1,0 +1,27 @@
+// How the kernels of the family are launched, and why. Nothing here was measured on a GPU: the
+// figures are counts of bytes, registers and CTAs (README, "CUDA"). Results do not depend on them.
+#pragma once
+
+#include <cstdint>
+
+namespace kvcore::gdn {
+
+// ---- Recurrent step
+
+// Value channels of a CTA: rows of 128 bytes of a state with keys first, whole lines. A state of
+// 128 x 128 is then four CTAs of 16 KiB, so that even one sequence of 32 heads is 128 CTAs, one for
+// each of an H200's 132 multiprocessors.
+constexpr int kStepColumns = 32;
+// Four warps hold those 16 KiB in 32 registers of a thread: what is loaded needs no other place.
+constexpr int kStepThreads = 128;
+// Tokens in shared memory at once: as many as speculation verifies.
+constexpr int kStepTokens = 8;
+// Floats of the state in a thread, over the 4 of a load, for a k_dim of up to 128 or 256.
+constexpr int step_loads(int64_t k_dim) { return k_dim <= 128 ? 8 : 16; }
+// CTAs that the registers leave room for on a multiprocessor. An H200 delivers 21 bytes a cycle to
+// each of them, some 40 KiB in the time that memory takes to answer. With 5 CTAs of 16 KiB (96
+// registers a thread), or 3 of 32 KiB (168), twice as much is on its way while others compute or
+// write; one more of either would spill.
+constexpr int step_ctas(int loads) { return loads <= 8 ? 5 : 3; }
+
+}  // namespace kvcore::gdn
