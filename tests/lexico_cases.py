@@ -33,6 +33,27 @@ def random_codes(batch, kv_heads, tokens, sparsity, atoms, seed):
     return indices.short(), coefficients.char(), scale.half()
 
 
+def on(device, values):
+    """Tensors, lists of them and None, on a device."""
+    return [
+        x if x is None else on(device, x) if isinstance(x, list) else x.to(device) for x in values
+    ]
+
+
+def run(backend, op, *tensors, **scalars):
+    """An op on a backend, tensors given on the CPU; results back on the CPU."""
+    results = getattr(backend.ops, op)(*on(backend.device, tensors), **scalars)
+    return tuple(x.cpu() for x in results)
+
+
+def append(backend, codes, store, **scalars):
+    """lexico_append on a backend; the tails and lengths of ``store`` are changed."""
+    moved = on(backend.device, store)
+    backend.ops.lexico_append(*on(backend.device, codes), *moved, **scalars)
+    for x, y in zip(store, moved, strict=True):
+        x.copy_(y)
+
+
 @dataclasses.dataclass
 class Problem:
     """Queries, a store of codes and a buffer."""

@@ -5,10 +5,12 @@ import re
 import pytest
 import torch
 
+import cases
 import kvcore
+from cases import each_backend
 from compare import assert_bitwise_equal
 from kvcore.reference import lexico
-from lexico_cases import changed, each_backend, make_dictionary, random_codes
+from lexico_cases import append, changed, make_dictionary, random_codes, run
 
 
 def tails(batch, kv_heads, tiles, k_sparsity=5, v_sparsity=3):
@@ -22,9 +24,9 @@ def new_codes(batch, kv_heads, tokens, k_sparsity=5, v_sparsity=3, atoms=(50, 60
     return (*k, *random_codes(batch, kv_heads, tokens, v_sparsity, atoms[1], seed + 1))
 
 
-def full_tails(ops, batch=1, kv_heads=2, **arguments):
-    store = tails(batch, kv_heads, 128, *arguments.get("sparsities", (5, 3)))
-    ops.lexico_append(*new_codes(batch, kv_heads, 4096), *store)
+def full_tails(backend=cases.CPU):
+    store = tails(1, 2, 128)
+    append(backend, new_codes(1, 2, 4096), store)
     return store[:2]
 
 
@@ -37,19 +39,20 @@ def test_append_matches_reference(backend, lens):
         store[2] += torch.tensor([0, 3], dtype=torch.int32) if sum(lens) <= 93 else 0
     for i, num_new in enumerate(lens):
         codes = new_codes(2, 3, num_new, seed=i)
-        backend.ops.lexico_append(*codes, *actual)
+        append(backend, codes, actual)
         lexico.lexico_append(*codes, *expected)
     for a, e, name in zip(actual, expected, ("k_tail", "v_tail", "tail_lens"), strict=True):
         assert_bitwise_equal(a, e, name)
 
 
 @each_backend
+@pytest.mark.asan
 def test_unpack_gives_back_what_was_appended(backend):
     codes, store = new_codes(2, 2, 70), tails(2, 2, 3)
-    backend.ops.lexico_append(*codes, *store)
+    append(backend, codes, store)
     for tail, wanted in ((store[0], codes[:3]), (store[1], codes[3:])):
         for kv_len in (0, 1, 70):
-            actual = backend.ops.lexico_unpack(tail, kv_len=kv_len)
+            actual = run(backend, "lexico_unpack", tail, kv_len=kv_len)
             expected = lexico.lexico_unpack(tail, kv_len=kv_len)
             for a, e, w in zip(actual, expected, wanted, strict=True):
                 assert_bitwise_equal(a, e)
@@ -59,32 +62,32 @@ def test_unpack_gives_back_what_was_appended(backend):
 @each_backend
 @pytest.mark.asan
 def test_seal_matches_reference(backend):
-    k_tail, v_tail = full_tails(backend.ops)
-    actual = backend.ops.lexico_seal(k_tail, v_tail, v_atoms=60)
+    k_tail, v_tail = full_tails(backend)
+    actual = run(backend, "lexico_seal", k_tail, v_tail, v_atoms=60)
     expected = lexico.lexico_seal(k_tail, v_tail, v_atoms=60)
     for a, e, name in zip(actual, expected, ("k_block", "v_block"), strict=True):
         assert_bitwise_equal(a, e, name)
     sizes = {"k_sparsity": 5, "v_sparsity": 3, "v_atoms": 60}
-    opened = backend.ops.lexico_unseal(*actual, **sizes)
+    opened = run(backend, "lexico_unseal", *actual, **sizes)
     for a, e, name in zip(opened, lexico.lexico_unseal(*actual, **sizes), ("k", "v"), strict=True):
         assert_bitwise_equal(a, e, name)
 
 
 @each_backend
 def test_sealing_loses_nothing(backend):
-    tails_ = full_tails(backend.ops)
-    blocks = backend.ops.lexico_seal(*tails_, v_atoms=60)
-    opened = backend.ops.lexico_unseal(*blocks, k_sparsity=5, v_sparsity=3, v_atoms=60)
+    tails_ = full_tails(backend)
+    blocks = run(backend, "lexico_seal", *tails_, v_atoms=60)
+    opened = run(backend, "lexico_unseal", *blocks, k_sparsity=5, v_sparsity=3, v_atoms=60)
     for before, after, atoms in zip(tails_, opened, (50, 60), strict=True):
         dictionary = make_dictionary(atoms, 64)
         vectors = [
             lexico.lexico_reconstruct(
-                *backend.ops.lexico_unpack(x, kv_len=4096), dictionary, dtype=torch.float64
+                *run(backend, "lexico_unpack", x, kv_len=4096), dictionary, dtype=torch.float64
             )
             for x in (before, after)
         ]
         assert (vectors[0] - vectors[1]).abs().max() < 1e-12
-    again = backend.ops.lexico_seal(*opened, v_atoms=60)
+    again = run(backend, "lexico_seal", *opened, v_atoms=60)
     for a, b in zip(again, blocks, strict=True):
         assert_bitwise_equal(a, b)
 
@@ -93,12 +96,12 @@ def test_sealing_loses_nothing(backend):
 def test_empty_codes_seal(backend):
     # Zero vectors and no vector: scales alone.
     k, v, _ = tails(2, 1, 128)
-    k_block, v_block = backend.ops.lexico_seal(k, v, v_atoms=1000)
+    k_block, v_block = run(backend, "lexico_seal", k, v, v_atoms=1000)
     assert k_block.shape == (2, 1, 128 + 128 * 64)
     assert v_block.shape == (2, 1, 8192 + 2000 + 48)
     assert not k_block.any()
     assert not v_block.any()
-    none = backend.ops.lexico_seal(k[:0], v[:0], v_atoms=10)
+    none = run(backend, "lexico_seal", k[:0], v[:0], v_atoms=10)
     assert [x.shape for x in none] == [(0, 1, 0), (0, 1, 0)]
 
 
@@ -132,7 +135,7 @@ def test_tolerance_makes_blocks_smaller():
 
 
 def arguments_of(op):
-    k_tail, v_tail = full_tails(torch.ops.kvcore)
+    k_tail, v_tail = full_tails()
     if op == "seal":
         return {"k_tail": k_tail, "v_tail": v_tail, "v_atoms": 60}
     if op == "unpack":
@@ -248,7 +251,7 @@ def test_rejects(op, change, message):
 def test_opcheck():
     append = torch.ops.kvcore.lexico_append.default
     torch.library.opcheck(append, (*new_codes(1, 2, 4), *tails(1, 2, 2)))
-    k_tail, v_tail = full_tails(torch.ops.kvcore)
+    k_tail, v_tail = full_tails()
     torch.library.opcheck(torch.ops.kvcore.lexico_seal.default, (k_tail, v_tail), {"v_atoms": 60})
     blocks = kvcore.lexico_seal(k_tail, v_tail, v_atoms=60)
     sizes = {"k_sparsity": 5, "v_sparsity": 3, "v_atoms": 60}

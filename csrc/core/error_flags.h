@@ -17,6 +17,9 @@ enum ErrorFlag : uint32_t {
   kErrorIndices = 1u << 5,
   kErrorStateIndices = 1u << 6,
   kErrorNumAccepted = 1u << 7,
+  kErrorTailLens = 1u << 8,
+  kErrorBufferLens = 1u << 9,
+  kErrorCodes = 1u << 10,
 };
 
 struct ErrorText {
@@ -32,6 +35,10 @@ constexpr ErrorText kErrorTexts[] = {
     {kErrorIndices, "indices: out of range"},
     {kErrorStateIndices, "state_indices: no slot of the pool, or a slot that is named twice"},
     {kErrorNumAccepted, "num_accepted: less than 1 or more than the columns of state_indices"},
+    {kErrorTailLens,
+     "tail_lens: a length is negative, or more than the tails hold with new tokens"},
+    {kErrorBufferLens, "buffer_lens: a length is negative or more than the buffers hold"},
+    {kErrorCodes, "blocks or tails: not codes over so many atoms, as append and seal make them"},
 };
 
 // ---- Each library (kvcore_cpu, kvcore_cuda, kvcore_simt) defines these for itself.

@@ -63,7 +63,7 @@ struct SealParams {
 /// What the blocks of a tail need: bytes of the largest one of K and of V.
 struct SealSizes {
   int64_t k_bytes, v_bytes;
-  int64_t bad_index;  // one of v_tail that names no atom, or -1
+  int64_t bad_index;  // the largest of v_tail that names no atom, or -1
 };
 
 struct UnsealParams {
@@ -119,7 +119,7 @@ void reconstruct(const ReconstructParams& params);
 void append(const AppendParams& params);
 SealSizes seal_sizes(const SealParams& params);
 void seal(const SealParams& params);
-/// Throws if a block is not one that seal makes.
+/// Throws on the CPU if a block is not one that seal makes.
 void unseal(const UnsealParams& params);
 void unpack(const UnpackParams& params);
 /// Throws on the CPU if a block or a tail is not one that append and seal make of these atoms.

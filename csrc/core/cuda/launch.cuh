@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "core/cuda/device.cuh"
 #include "core/cuda/stream.h"
@@ -115,6 +116,22 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes, cuda
   }
 }
 
+/// Waits for the stream and copies from the device. For the few ops whose outputs have sizes that
+/// only the device knows: no graph can capture them, and the error says so.
+inline void read_back(void* host, const void* device, size_t bytes, cudaStream_t stream,
+                      const char* op) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  detail::check_cuda(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  if (status != cudaStreamCaptureStatusNone) {
+    throw std::runtime_error(std::string(op) +
+                             ": cannot be captured in a graph: the sizes of its outputs depend on "
+                             "values on the device. Call it between replays");
+  }
+  detail::check_cuda(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream),
+                     "cudaMemcpyAsync");
+  detail::check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+}
+
 #else
 
 inline const DeviceProperties& device_properties() {
@@ -128,6 +145,10 @@ template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t,
             const A&... args) {
   simt::launch(kernel, grid, block, smem_bytes, static_cast<P>(args)...);
+}
+
+inline void read_back(void* host, const void* device, size_t bytes, cudaStream_t, const char*) {
+  std::memcpy(host, device, bytes);
 }
 
 #endif

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/cuda/convert.cuh"
+#include "core/cuda/elements.cuh"
 #include "core/types.h"
 #include "core/view.h"
 
@@ -52,29 +53,7 @@ __device__ inline void load_channels(const DeviceRows& rows, int64_t offset, int
 
 /// One channel of such a row, of any type: where speed does not matter.
 __device__ inline float load_channel(const DeviceRows& rows, int64_t offset, int channel) {
-  offset += channel * rows.channel_stride;
-  switch (rows.dtype) {
-    case Dtype::kFloat16:
-      return to_float(static_cast<const Half*>(rows.data)[offset]);
-    case Dtype::kBFloat16:
-      return to_float(static_cast<const BFloat16*>(rows.data)[offset]);
-    default:
-      return static_cast<const float*>(rows.data)[offset];
-  }
-}
-
-/// One element of an output, likewise of any type.
-__device__ inline void store_element(const OutputView& out, int64_t index, float value) {
-  switch (out.dtype) {
-    case Dtype::kFloat16:
-      static_cast<Half*>(out.data)[index] = from_float<Half>(value);
-      return;
-    case Dtype::kBFloat16:
-      static_cast<BFloat16*>(out.data)[index] = from_float<BFloat16>(value);
-      return;
-    default:
-      static_cast<float*>(out.data)[index] = value;
-  }
+  return load_element(rows.data, rows.dtype, offset + channel * rows.channel_stride);
 }
 
 /// Four channels to a row of a contiguous output, rounded to nearest even.

@@ -174,7 +174,7 @@ SealSizes seal_sizes(const SealParams& p) {
         if (tile.coefficients[i] == 0) continue;
         ++pairs;
         const int64_t index = static_cast<uint16_t>(tile.indices[i]);
-        if (index >= p.v_atoms) sizes.bad_index = index;
+        if (index >= p.v_atoms) sizes.bad_index = std::max(sizes.bad_index, index);
       }
     }
     sizes.k_bytes = std::max(sizes.k_bytes, align_block(k_bytes));

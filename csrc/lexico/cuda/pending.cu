@@ -15,11 +15,6 @@ namespace {
 
 [[gnu::weak]] void encode(const EncodeParams&) { refuse("lexico_encode"); }
 [[gnu::weak]] void reconstruct(const ReconstructParams&) { refuse("lexico_reconstruct"); }
-[[gnu::weak]] void append(const AppendParams&) { refuse("lexico_append"); }
-[[gnu::weak]] SealSizes seal_sizes(const SealParams&) { refuse("lexico_seal"); }
-[[gnu::weak]] void seal(const SealParams&) { refuse("lexico_seal"); }
-[[gnu::weak]] void unseal(const UnsealParams&) { refuse("lexico_unseal"); }
-[[gnu::weak]] void unpack(const UnpackParams&) { refuse("lexico_unpack"); }
 [[gnu::weak]] void attention(const AttentionParams&) { refuse("lexico_attention"); }
 
 }  // namespace kvcore::lexico::backend

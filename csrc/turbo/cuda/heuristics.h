@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "core/cuda/grid.h"
 #include "turbo/params.h"
 
 namespace kvcore::turbo {
@@ -54,8 +55,6 @@ struct DecodePlan {
   int64_t num_splits;
   int tile_rows;
 };
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline DecodePlan decode_plan(const DecodeParams& p) {
   const int64_t group = p.q_heads / p.store.kv_heads;

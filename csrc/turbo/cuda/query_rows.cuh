@@ -5,6 +5,7 @@
 #pragma once
 
 #include "core/cuda/convert.cuh"
+#include "core/cuda/elements.cuh"
 #include "core/cuda/reduce.cuh"
 #include "turbo/cuda/softmax.cuh"
 #include "turbo/params.h"
@@ -72,17 +73,6 @@ struct QueryTile {
     return lane;
   }
 };
-
-__device__ inline float load_element(const InputView& x, int64_t at) {
-  switch (x.dtype) {
-    case Dtype::kFloat16:
-      return to_float(static_cast<const Half*>(x.data)[at]);
-    case Dtype::kBFloat16:
-      return to_float(static_cast<const BFloat16*>(x.data)[at]);
-    default:
-      return static_cast<const float*>(x.data)[at];
-  }
-}
 
 /// Row `row` of the tile, by a whole warp. Rows past source.num_rows become zeros that see nothing.
 template <int kHeadDim, int kRows>
@@ -181,19 +171,6 @@ __device__ inline void store_four(const OutputView& out, int64_t at, const float
       return store_elements<BFloat16>(out.data, at, x);
     default:
       return store_elements<float>(out.data, at, x);
-  }
-}
-
-__device__ inline void store_element(const OutputView& out, int64_t at, float x) {
-  switch (out.dtype) {
-    case Dtype::kFloat16:
-      static_cast<Half*>(out.data)[at] = from_float<Half>(x);
-      return;
-    case Dtype::kBFloat16:
-      static_cast<BFloat16*>(out.data)[at] = from_float<BFloat16>(x);
-      return;
-    default:
-      static_cast<float*>(out.data)[at] = x;
   }
 }
 

@@ -2,10 +2,10 @@
 #pragma once
 
 #include <limits>
-#include <stdexcept>
 #include <string>
 
 #include "core/cuda/device.cuh"
+#include "core/cuda/grid.h"
 #include "core/dispatch.h"
 #include "turbo/params.h"
 
@@ -34,13 +34,7 @@ struct DeviceStore {
 /// Throws if a block of the store could not be read in units of 16 bytes.
 template <int kSlabs>
 DeviceStore<kSlabs> device_store(const Store& s) {
-  const auto check_aligned = [](const uint8_t* data, const std::string& name) {
-    if (reinterpret_cast<uintptr_t>(data) % 16 == 0) return;
-    throw std::runtime_error(name + " must begin at a multiple of 16 bytes, got an address " +
-                             std::to_string(reinterpret_cast<uintptr_t>(data) % 16) +
-                             " bytes past one");
-  };
-  check_aligned(s.tail, "tail");
+  check_aligned_16(s.tail, "tail");
   DeviceStore<kSlabs> store{.block_table = s.block_table,
                             .max_pages = s.max_pages,
                             .tail = s.tail,
@@ -52,7 +46,7 @@ DeviceStore<kSlabs> device_store(const Store& s) {
                             .slab_data = {}};
   for (int i = 0; i < store.num_slabs; ++i) {
     const Slab& slab = s.slabs[i];
-    check_aligned(slab.data, "pool[" + std::to_string(i) + "]");
+    check_aligned_16(slab.data, "pool[" + std::to_string(i) + "]");
     store.slab_data[i] = slab.data;
     store.slab_rows[i] = static_cast<uint32_t>(slab.num_blocks) << store.kBitsOfWidth |
                          static_cast<uint32_t>(slab.bits);

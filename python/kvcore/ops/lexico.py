@@ -139,6 +139,9 @@ def lexico_append(
 def lexico_seal(k_tail: Tensor, v_tail: Tensor, *, v_atoms: int) -> tuple[Tensor, Tensor]:
     """Blocks of full tails, of what is not zero: tolerance makes codes, and so blocks, shorter.
 
+    How long blocks are depends on the codes, so on a GPU the host waits for it, and a graph cannot
+    capture the op: it is called once in 4096 tokens, between replays.
+
     Args:
         k_tail: uint8 ``[batch, kv_heads, 128, 64 + 96 * k_sparsity]``, 4096 tokens of every
             sequence.
@@ -155,6 +158,9 @@ def lexico_unseal(
     k_block: Tensor, v_block: Tensor, *, k_sparsity: int, v_sparsity: int, v_atoms: int
 ) -> tuple[Tensor, Tensor]:
     """Full tails from blocks, to rewind into them or to rebuild vectors.
+
+    A block that :func:`lexico_seal` did not make is an error; on a GPU the vectors of such a head
+    become NaN and :func:`kvcore.check_errors` raises.
 
     Args:
         k_block: uint8 ``[batch, kv_heads, bytes]`` from :func:`lexico_seal`.
