@@ -1,10 +1,26 @@
-"""Tables from the JSON that run.py wrote: `python bench/report.py FILE.json` prints Markdown."""
+"""Tables and plots from the JSON that run.py wrote, and from nothing else.
+
+    python bench/report.py              rewrites the marked tables of the documents, and the plots
+    python bench/report.py --check      changes nothing; exit code 1 if a document is not up to date
+    python bench/report.py FILE.json    prints everything that a result says
+
+A marked table lies between `<!-- bench: NAME DEVICE -->` and `<!-- end -->`, DEVICE being a folder
+of results/; blocks.py says what NAME can be.
+"""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import pathlib
+import re
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+DOCUMENTS = ("README.md", "docs/*.md", "csrc/*/README.md")
+_MARKED = re.compile(r"(<!-- bench: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def is_ours(name: str) -> bool:
@@ -12,42 +28,74 @@ def is_ours(name: str) -> bool:
     return name.startswith("kvcore")
 
 
-def _best_peer(case: dict, key: str = "") -> float:
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)] + [
+        "| " + " | ".join(row) + " |" for row in rows
+    ]
+
+
+def best_peer(case: dict, key: str = "") -> float:
+    """Median seconds of the fastest peer whose name contains ``key``; NaN if there is none."""
     times = [v["median"] for n, v in case["variants"].items() if not is_ours(n) and key in n]
     return min(times) if times else float("nan")
 
 
+def rate(case: dict, variant: dict, ceilings: dict) -> str:
+    """Bytes or operations a second, with the share of the machine's limit."""
+    if variant["bytes_read"]:
+        value, unit = variant["bytes_read"] / variant["median"] / 1e9, "GB/s"
+    elif case["operations"]:
+        value, unit = case["operations"] / variant["median"] / 1e12, "T(FL)OP/s"
+    else:
+        return ""
+    ceiling = variant.get("ceiling")
+    if ceiling is None:
+        return f"{value:.3g} {unit}"
+    return f"{value:.3g} {unit} ({value / ceilings[ceiling]['value']:.0%} of {ceiling})"
+
+
 def case_rows(case: dict, ceilings: dict) -> list[list[str]]:
-    """One row per variant: name, milliseconds, spread, ratio, share of the ceiling, error."""
-    read, rows = ceilings["read"]["value"], []
-    best = _best_peer(case)
-    bf16 = _best_peer(case, "bf16")
+    """One row per variant: milliseconds, spread, ratio, rate, peak of memory, error."""
+    rows = []
+    best = best_peer(case)
+    bf16 = best_peer(case, "bf16")
     for name, v in case["variants"].items():
         ms = f"{v['median'] * 1e3:.3f}"
         spread = f"{v['p10'] * 1e3:.3f}-{v['p90'] * 1e3:.3f}"
         against = f"{(bf16 if bf16 == bf16 else best) / v['median']:.2f}x"
-        if v["bytes_read"]:
-            rate = v["bytes_read"] / v["median"] / 1e9
-            share = f"{rate:.1f} GB/s ({rate / read:.0%})"
-        elif case["operations"]:
-            share = f"{case['operations'] / v['median'] / 1e12:.3f} T(FL)OP/s"
-        else:
-            share = ""
+        peak = v.get("peak_bytes")
+        memory = "" if peak is None else f"{peak / 1e6:.1f}"
         error = "" if v["error"] is None else f"{v['error']:.4f}"
-        rows.append([name, ms, spread, against, share, error])
+        rows.append([name, ms, spread, against, rate(case, v, ceilings), memory, error])
     return rows
 
 
-HEADER = ["variant", "median ms", "p10-p90", "speed against", "rate (share of read)", "rel. error"]
+HEADER = [
+    "variant",
+    "median ms",
+    "p10-p90",
+    "speed against",
+    "rate (share of limit)",
+    "peak MB",
+    "rel. error",
+]
+
+
+def described(result: dict) -> str:
+    """Machine, versions and commit in a line."""
+    m = result["machine"]
+    return (
+        f"{m['device']}, {m['threads']} threads, ISA {m['isa']}, torch {m['torch']}, "
+        f"kvcore {m['kvcore']} at {m['commit'][:10]}{' (modified)' if m['modified'] else ''}, "
+        f"{m['date']}; medians of {result['rounds']} interleaved rounds."
+    )
 
 
 def markdown(result: dict) -> str:
     """The whole result as Markdown."""
-    m = result["machine"]
     lines = [
-        f"{m['device']}, {m['threads']} threads, ISA {m['isa']}, torch {m['torch']}, "
-        f"kvcore {m['kvcore']} at {m['commit'][:10]}{' (modified)' if m['modified'] else ''}, "
-        f"{m['date']}; medians of {result['rounds']} interleaved rounds.",
+        described(result),
         "",
         "Ceilings: "
         + ", ".join(f"{n} {c['value']:.2f} {c['unit']}" for n, c in result["ceilings"].items())
@@ -56,20 +104,66 @@ def markdown(result: dict) -> str:
     for case in result["cases"]:
         cold = "cold cache" if case["cold"] else "warm"
         header = list(HEADER)
-        header[3] += (
-            " bf16" if _best_peer(case, "bf16") == _best_peer(case, "bf16") else " best peer"
-        )
-        lines += ["", f"### {case['name']} ({cold})", "", "| " + " | ".join(header) + " |"]
-        lines.append("|" + "---|" * len(header))
-        lines += ["| " + " | ".join(row) + " |" for row in case_rows(case, result["ceilings"])]
+        bf16 = best_peer(case, "bf16")
+        header[3] += " bf16" if bf16 == bf16 else " best peer"
+        lines += ["", f"### {case['name']} ({cold})", ""]
+        lines += table(header, case_rows(case, result["ceilings"]))
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=pathlib.Path)
-    print(markdown(json.loads(parser.parse_args().file.read_text())))
+def load(device: str, name: str) -> dict:
+    """A result of a folder of results/."""
+    return json.loads((RESULTS / device / f"{name}.json").read_text())
+
+
+def filled(text: str) -> str:
+    """A document with every marked table made anew."""
+    from blocks import BLOCKS
+
+    def block(match: re.Match) -> str:
+        begin, name, device, end = match.groups()
+        if name not in BLOCKS:
+            raise SystemExit(f"no table is named {name}; there are {', '.join(BLOCKS)}")
+        return f"{begin}{BLOCKS[name](device)}\n{end}"
+
+    return _MARKED.sub(block, text)
+
+
+def write_documents(check: bool) -> bool:
+    """Rewrites the documents, or with ``check`` prints the differences. Whether there was none."""
+    same = True
+    for path in sorted(path for pattern in DOCUMENTS for path in ROOT.glob(pattern)):
+        old = path.read_text()
+        new = filled(old)
+        if new == old:
+            continue
+        same = False
+        name = str(path.relative_to(ROOT))
+        if check:
+            lines = (text.splitlines(keepends=True) for text in (old, new))
+            sys.stdout.writelines(difflib.unified_diff(*lines, name, f"{name} from the JSON"))
+        else:
+            path.write_text(new)
+            print(name)
+    return same
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=pathlib.Path, nargs="?")
+    parser.add_argument("--check", action="store_true", help="exit code 1 if anything would change")
+    args = parser.parse_args()
+    if args.file is not None:
+        print(markdown(json.loads(args.file.read_text())))
+        return 0
+    same = write_documents(args.check)
+    import plots
+
+    same = plots.write(args.check) and same
+    return int(args.check and not same)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,10 +1,12 @@
-"""Times kvcore against its peers, side by side in one process, and writes JSON.
+"""Times kvcore against its peers, in turn, and writes JSON.
 
     python bench/run.py [--family turbo|gdn|lexico] [--quick] [--cases TEXT] [--rounds N]
                          [--out DIR] [--device cpu|cuda]
 
 Each case is checked against fp32 results before it is timed. A full run writes
 `results/<device>/<family>.json` beside this file; --quick and --cases write only with --out.
+Beside it: report.py (tables and plots from the JSON), compare.py (two results) and ab.py (two
+commits).
 """
 
 from __future__ import annotations
@@ -16,19 +18,19 @@ import pathlib
 import machine
 import report
 import torch
+from families import FAMILIES
+from memory import peak_bytes
 from timer import CacheFlusher, interleave, summary
 
-import cases
-import gdn_cases
-import lexico_cases
-
-FAMILIES = {**cases.FAMILIES, "gdn": gdn_cases.gdn, "lexico": lexico_cases.lexico}
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 
 
 def run_case(case, rounds: int, ceilings: dict, device: torch.device, flush) -> dict:
     """Times the variants of a case, and prints them."""
     variants = {n: v.run for n, v in case.variants.items()}
+    peaks = {
+        n: None if hasattr(run, "timed") else peak_bytes(run, device) for n, run in variants.items()
+    }
     samples = interleave(variants, rounds, device, flush if case.cold else None)
     for name, variant in case.variants.items():
         samples[name] = [seconds / variant.units for seconds in samples[name]]
@@ -42,6 +44,8 @@ def run_case(case, rounds: int, ceilings: dict, device: torch.device, flush) -> 
                 **summary(samples[n]),
                 "bytes_read": v.bytes_read,
                 "error": v.error,
+                "ceiling": v.ceiling or ("read" if v.bytes_read else None),
+                "peak_bytes": peaks[n],
                 "samples": samples[n],
             }
             for n, v in case.variants.items()
@@ -49,7 +53,7 @@ def run_case(case, rounds: int, ceilings: dict, device: torch.device, flush) -> 
     }
     print(f"\n{case.name}")
     for row in report.case_rows(entry, ceilings):
-        text = "  {:28s} {:>10s} ms  [{:>16s}] {:>8s}  {:24s} {}".format(*row)
+        text = "  {:28s} {:>10s} ms  [{:>16s}] {:>8s}  {:24s} {:>8s} {}".format(*row)
         print(text, flush=True)
     return entry
 

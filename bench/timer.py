@@ -23,6 +23,8 @@ class CacheFlusher:
 
 
 def _time_on_cpu(run: Callable[[], object]) -> float:
+    if hasattr(run, "timed"):  # in another process
+        return run.timed()
     start = time.perf_counter()
     result = run()
     seconds = time.perf_counter() - start

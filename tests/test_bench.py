@@ -13,12 +13,8 @@ BENCH = pathlib.Path(__file__).resolve().parent.parent / "bench"
 def bench(monkeypatch):
     """Imports come from bench/, whose `cases` is not the one beside this file."""
     monkeypatch.syspath_prepend(str(BENCH))
-    names = [path.stem for path in BENCH.glob("*.py")] + [
-        "peers",
-        "peers.gdn",
-        "peers.lexico",
-        "peers.turbo",
-    ]
+    names = [path.stem for path in BENCH.glob("*.py")]
+    names += ["peers", *(f"peers.{path.stem}" for path in BENCH.glob("peers/*.py"))]
     others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     yield
     for name in names:
@@ -51,7 +47,7 @@ def test_report_compares_with_the_faster_bf16_peer(bench):
 
     def variant(seconds, num_bytes=0):
         spread = {"median": seconds, "p10": seconds, "p90": seconds}
-        return {**spread, "bytes_read": num_bytes, "error": None}
+        return {**spread, "bytes_read": num_bytes, "error": None, "ceiling": "read"}
 
     case = {
         "name": "decode",
@@ -73,14 +69,16 @@ def test_report_compares_with_the_faster_bf16_peer(bench):
     }
     row = next(line for line in markdown(result).splitlines() if "kvcore 4 bit" in line)
     assert "2.00x" in row  # against the faster bf16 variant, not the fp32 one
-    assert "10.0 GB/s (50%)" in row
+    assert "10 GB/s (50% of read)" in row
 
 
 def test_every_case_passes_its_check_and_runs(bench):
     """The smallest of the real cases, built and run once."""
+    import turbo_cases
+
     import cases
 
-    case = cases._decode(1, 2, 200, torch.device("cpu"))
+    case = turbo_cases._decode(1, 2, 200, torch.device("cpu"))
     assert {"SDPA bf16, grouped view", "kvcore 4 bit", "kvcore 8 bit"} <= set(case.variants)
     for variant in case.variants.values():
         variant.run()
@@ -128,3 +126,196 @@ def test_parts_of_a_run_are_merged(bench):
     assert both["ceilings"]["read"]["value"] == 30.0
     with pytest.raises(SystemExit, match="the file's commit must be b, got a"):
         merged(result("a", 1.0), result("b", 1.0))
+
+
+# ---- documents and plots
+
+
+def _documents():
+    patterns = ("README.md", "docs/*.md", "csrc/*/README.md")
+    return [path for pattern in patterns for path in sorted(BENCH.parent.glob(pattern))]
+
+
+@pytest.mark.parametrize("path", _documents(), ids=lambda path: str(path.relative_to(BENCH.parent)))
+def test_tables_of_a_document_are_those_of_the_json(bench, path):
+    from report import filled
+
+    assert filled(path.read_text()) == path.read_text()
+
+
+def test_plots_are_drawn_from_the_json_beside_them(bench, capsys):
+    import plots
+
+    assert plots.write(check=True), capsys.readouterr().out
+
+
+def test_a_plot_is_the_same_bytes_when_drawn_again(bench, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    import plots
+    from report import RESULTS
+
+    source = next(RESULTS.glob("*/turbo.json"))
+    drawn = []
+    for i in range(2):
+        folder = tmp_path / str(i) / source.parent.name
+        folder.mkdir(parents=True)
+        (folder / source.name).write_bytes(source.read_bytes())
+        monkeypatch.setattr(plots, "RESULTS", folder.parent)
+        assert not plots.write(check=True)
+        plots.write(check=False)
+        assert plots.write(check=True)
+        drawn.append(folder.joinpath("turbo.png").read_bytes())
+    assert drawn[0] == drawn[1]
+
+
+def test_an_unknown_table_is_refused(bench):
+    from report import filled
+
+    with pytest.raises(SystemExit, match="no table is named other; there are turbo, demo"):
+        filled("<!-- bench: other x -->\n<!-- end -->")
+
+
+# ---- comparing
+
+
+def _result(**medians):
+    """A result of one case, whose variants have these medians and a spread of 10 %."""
+    variants = {name: {"median": m, "p10": 0.9 * m, "p90": 1.1 * m} for name, m in medians.items()}
+    case = {"name": "decode", "shape": {"batch": 1}, "cold": True, "variants": variants}
+    machine = {"device": "x", "isa": "y", "threads": 2}
+    return {"family": "turbo", "machine": machine, "cases": [case]}
+
+
+def test_compare_flags_what_is_beyond_the_spread(bench):
+    from compare import compare
+
+    old = _result(kvcore_a=1.0, kvcore_b=1.0, kvcore_c=1.0, SDPA=1.0, gone=1.0)
+    new = _result(kvcore_a=1.1, kvcore_b=1.3, kvcore_c=0.5, SDPA=2.0, new=1.0)
+    verdicts = {row[1]: row[-1] for row in compare(old, new)}
+    assert verdicts == {
+        "kvcore_a": "",
+        "kvcore_b": "slower",
+        "kvcore_c": "faster",
+        "SDPA": "slower",
+    }
+
+
+@pytest.mark.parametrize(("medians", "code"), [({"kvcore": 2.0}, 1), ({"kvcore": 1.0}, 0)])
+def test_compare_fails_only_for_ours(bench, monkeypatch, tmp_path, capsys, medians, code):
+    import json
+
+    import compare
+
+    for name, result in (
+        ("old", _result(kvcore=1.0, SDPA=1.0)),
+        ("new", _result(**medians, SDPA=3.0)),
+    ):
+        tmp_path.joinpath(name).write_text(json.dumps(result))
+    monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path / "old"), str(tmp_path / "new")])
+    assert compare.main() == code
+    assert "SDPA" in capsys.readouterr().out
+
+
+def test_compare_refuses_other_machines(bench):
+    from compare import compare
+
+    other = _result(kvcore=1.0)
+    other["machine"]["isa"] = "z"
+    with pytest.raises(SystemExit, match="the isa of both results must be the same, got y and z"):
+        compare(_result(kvcore=1.0), other)
+    with pytest.raises(SystemExit, match="the results share no case"):
+        compare({**_result(kvcore=1.0), "cases": []}, _result(kvcore=1.0))
+
+
+def test_ratios_are_of_rounds_not_of_medians(bench):
+    """A machine that slows down for half of the rounds slows both down."""
+    from ab import _row
+
+    old = [1.0] * 10 + [2.0] * 10
+    new = [1.1 * seconds for seconds in old]
+    assert _row("a", old, new)[3:] == ["1.10", "1.10-1.10", "slower"]
+    assert _row("a", old, old)[-1] == ""
+
+
+# ---- other processes
+
+ADAPTER = """
+import time
+import numpy as np
+
+def load(arrays, *, factor):
+    def double():
+        time.sleep(0.02)
+        print("libraries say things")
+        return factor * arrays["x"]
+    def fails():
+        raise ValueError("no such thing")
+    return {"double": double, "nothing": lambda: None, "fails": fails}
+"""
+
+
+@pytest.fixture
+def remote(bench, tmp_path):
+    from remote import Remote
+
+    path = tmp_path / "adapter.py"
+    path.write_text(ADAPTER)
+    remote = Remote(sys.executable, path, {"factor": 2}, {"x": torch.arange(3)})
+    yield remote
+    remote.close()
+
+
+def test_a_remote_variant_computes_and_times_itself(remote):
+    from timer import interleave
+
+    assert remote.names == ["double", "nothing", "fails"]
+    double = remote.variant("double")
+    assert double().tolist() == [0, 2, 4]
+    assert remote.variant("nothing")() is None
+    (samples,) = interleave({"a": double}, 2, torch.device("cpu")).values()
+    # The other process's clock: without the way there and back, but with its sleep.
+    assert len(samples) == 2
+    assert all(seconds >= 0.02 for seconds in samples)
+
+
+def test_a_remote_that_fails_says_why(remote, tmp_path):
+    from remote import Remote, RemoteError
+
+    with pytest.raises(RemoteError, match="ValueError: no such thing"):
+        remote.variant("fails")()
+    path = tmp_path / "broken.py"
+    path.write_text("import absent")
+    with pytest.raises(RemoteError, match="No module named 'absent'"):
+        Remote(sys.executable, path, {})
+
+
+def test_a_peer_that_is_not_installed_has_no_interpreter(bench, monkeypatch, tmp_path):
+    from remote import interpreter
+
+    monkeypatch.setenv("KVCORE_PEERS", str(tmp_path))
+    assert interpreter("ggml") is None
+    python = tmp_path / "ggml" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    assert interpreter("ggml") == str(python)
+
+
+def test_peak_bytes_sees_scratch_memory(bench):
+    from memory import peak_bytes
+
+    def run():
+        scratch = torch.ones(16 << 20, dtype=torch.uint8)
+        return scratch[:1].clone()
+
+    assert 16 << 20 <= peak_bytes(run, torch.device("cpu")) < 24 << 20
+
+
+def test_a_case_runs_in_a_process_of_its_own(bench):
+    """As an A/B of two commits does it, of this build against itself."""
+    from ab import compare
+
+    rows = compare((BENCH.parent, BENCH.parent), "turbo", "decode", True, 1)
+    assert [row[0] for row in rows] == [
+        f"decode, 4096 tokens, batch 1, q_len 1: kvcore {width}"
+        for width in ("8 bit", "4 bit", "K4V2", "2 bit")
+    ]

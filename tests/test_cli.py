@@ -426,6 +426,14 @@ def test_bench_runs_the_script_of_a_checkout(bench_folder, capfd):
     assert capfd.readouterr().out == "--family turbo --rounds 2 --quick\n"
 
 
+@pytest.mark.parametrize("name", ["report", "compare", "ab"])
+def test_bench_runs_what_its_first_word_names(bench_folder, capfd, name):
+    script = bench_folder / "bench" / f"{name}.py"
+    script.write_text("import sys; print(*sys.argv[1:]); sys.exit(4)")
+    assert cli.main(["bench", "--checkout", str(bench_folder), name, "--check", "a", "b"]) == 4
+    assert capfd.readouterr().out == "--check a b\n"
+
+
 def test_bench_finds_the_checkout_that_it_belongs_to(monkeypatch, bench_folder, capfd):
     monkeypatch.setattr(kvcore, "__file__", str(bench_folder / "python" / "kvcore" / "__init__.py"))
     assert cli.main(["bench"]) == 3

@@ -412,23 +412,29 @@ def _bench(args: argparse.Namespace) -> int:
 
     # An editable installation lies in its checkout.
     checkout = Path(args.checkout or Path(kvcore.__file__).parents[2]).resolve()
-    script = checkout / "bench" / "run.py"
+    options = args.options
+    name = "run"
+    if options and options[0] in ("report", "compare", "ab"):
+        name, options = options[0], options[1:]
+    script = checkout / "bench" / f"{name}.py"
     if not script.is_file():
         raise UserError(
             f"{script} not found: the benchmarks are part of kvcore's source, not of the installed "
             "package; clone the repository, or unpack the sdist (pip download --no-deps "
             "--no-binary :all: kvcore), and name its folder with --checkout"
         )
-    return subprocess.run([sys.executable, str(script), *args.options], check=False).returncode
+    return subprocess.run([sys.executable, str(script), *options], check=False).returncode
 
 
 def _bench_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
-        help="run the benchmarks of a checkout",
+        help="run the benchmarks of a checkout, and report or compare their results",
         description="Runs bench/run.py of a checkout of kvcore with this Python and this kvcore, "
         "and returns its exit code. All other options are passed on: --family turbo, --quick, "
-        "--cases TEXT, --rounds N, --out DIR.",
+        "--cases TEXT, --rounds N, --out DIR. As first word, report (tables and plots from the "
+        "results), compare (two results) or ab (two commits) runs that script instead.",
+        allow_abbrev=False,  # --check is report's, not --checkout
     )
     parser.add_argument(
         "--checkout",

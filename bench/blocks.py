@@ -1,0 +1,127 @@
+"""The marked tables of the documents: one function of a results folder for each."""
+
+from __future__ import annotations
+
+from report import best_peer, described, is_ours, load, rate, table
+
+WIDTHS = ("8 bit", "4 bit", "K4V2", "2 bit")
+
+
+def _ms(seconds: float) -> str:
+    digits = 0 if seconds >= 0.1 else 2
+    return f"{seconds * 1e3:.{digits}f} ms"
+
+
+def _case_label(shape: dict[str, int]) -> str:
+    label = f"decode, {shape['kv_len']:,} tokens"
+    if shape["batch"] > 1:
+        label += f", batch {shape['batch']}"
+    if shape["q_len"] > 1:
+        label += f", {shape['q_len']} queries"
+    if shape["head_dim"] != 128:
+        label += f", head_dim {shape['head_dim']}"
+    return label
+
+
+def turbo(device: str) -> str:
+    """Decode and prefill against torch's attention in bf16, and what an append costs."""
+    result = load(device, "turbo")
+    rows, errors, appends = [], [], []
+    for case in result["cases"]:
+        peer, variants = best_peer(case, "bf16"), case["variants"]
+        if case["name"].startswith("decode"):
+            ours = (variants[f"kvcore {width}"]["median"] for width in WIDTHS)
+            cells = [f"{_ms(seconds)}, {peer / seconds:.1f}x" for seconds in ours]
+            rows.append([_case_label(case["shape"]), _ms(peer), *cells])
+            shape = case["shape"]
+            if shape["kv_len"] == 32768 and shape["q_len"] == 1 and shape["head_dim"] == 128:
+                found = [variants[f"kvcore {width}"]["error"] for width in WIDTHS]
+                peers = [v["error"] for n, v in variants.items() if "bf16" in n]
+                errors = ["relative error on Gaussian data, 32,768 tokens", f"{min(peers):.3f}"]
+                errors += [f"{error:.3f}" for error in found]
+        elif case["name"].startswith("causal prefill"):
+            ours = variants["kvcore int8"]["median"]
+            label = f"causal prefill, {case['shape']['kv_len']:,} tokens, int8"
+            rows.append([label, _ms(peer), f"{_ms(ours)}, {peer / ours:.1f}x", "", "", ""])
+        elif case["name"].startswith("append"):
+            appends.append(case)
+    rows.sort(key=lambda row: not row[0].startswith("decode"))
+    lines = table(["", "SDPA bf16", "kvcore 8 bit", *WIDTHS[1:]], [*rows, errors])
+    lines += ["", "Appending one token to each layer's cache:", ""]
+    header = ["", *appends[0]["variants"]]
+    lines += table(
+        header,
+        [
+            [
+                case["name"].removeprefix("append one token to ") + (", cold" * case["cold"]),
+                *(_ms(v["median"]) for v in case["variants"].values()),
+            ]
+            for case in appends
+        ],
+    )
+    return "\n".join([*lines, "", described(result)])
+
+
+def _share(ratio: float) -> str:
+    return f"1/{ratio:.2f}"
+
+
+def _percent(interval: dict, digits: int) -> str:
+    mean, half = 100 * interval["mean"], 100 * interval["half_width"]
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}"
+
+
+def _points(interval: dict) -> str:
+    """Points of recall that are lost."""
+    mean, half = -100 * interval["mean"], 100 * interval["half_width"]
+    return f"{abs(mean):.2f} ± {half:.2f}" if mean or half else "0"
+
+
+def demo(device: str) -> str:
+    """What each cache costs the two shipped models."""
+    result = load(device, "demo")
+    rows: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        if row["cache"] == "full":
+            continue
+        cells = rows.setdefault(row["cache"], [row["cache"], _share(row["ratio"])])
+        quality = row["quality"]
+        change, lost = _percent(quality["bits_change"], 2), _points(quality["recall_change"])
+        cells.append(f"{change} %, {lost} points")
+    models = list(dict.fromkeys(row["model"] for row in result["rows"]))
+    header = ["", "bytes against 16 bit", *(f"{m}: bits per byte, recall lost" for m in models)]
+    return "\n".join(table(header, list(rows.values())))
+
+
+def _cases(device: str, family: str) -> str:
+    """Each of our variants beside the fastest peer."""
+    result = load(device, family)
+    rows = []
+    for case in result["cases"]:
+        peers = {n: v for n, v in case["variants"].items() if not is_ours(n)}
+        fastest = min(peers, key=lambda n: peers[n]["median"], default=None)
+        for name, variant in case["variants"].items():
+            if not is_ours(name):
+                continue
+            cells = [f"{case['name']}{', cold' * case['cold']}", name, _ms(variant["median"])]
+            if fastest is None:
+                cells += ["", ""]
+            else:
+                seconds = peers[fastest]["median"]
+                cells += [f"{fastest}, {_ms(seconds)}", f"{seconds / variant['median']:.1f}x"]
+            rows.append([*cells, rate(case, variant, result["ceilings"])])
+    header = ["case", "variant", "median", "fastest peer", "speed", "rate (share of limit)"]
+    return "\n".join([*table(header, rows), "", described(result)])
+
+
+def gdn(device: str) -> str:
+    """The gated delta rule's cases."""
+    return _cases(device, "gdn")
+
+
+def lexico(device: str) -> str:
+    """The sparse codes' cases."""
+    return _cases(device, "lexico")
+
+
+BLOCKS = {"turbo": turbo, "demo": demo, "gdn": gdn, "lexico": lexico}

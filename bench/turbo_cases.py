@@ -1,0 +1,145 @@
+"""Cases of quantized attention: decode, int8 prefill, append."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from peers import turbo as peers
+from torch import Tensor
+
+import kvcore
+from cases import HEAD_DIM, KV_HEADS, Q_HEADS, Case, Variant, _checked, _num_bytes, _relative_error
+
+WIDTHS = {"8 bit": (8, 8), "4 bit": (4, 4), "K4V2": (4, 2), "2 bit": (2, 2)}
+# What the formats are expected to lose on Gaussian data, with room for the spread of one seed:
+# a kernel that computes something else is not timed.
+MAX_ERROR = {"8 bit": 0.03, "4 bit": 0.18, "K4V2": 0.55, "2 bit": 0.85}
+
+
+def _inputs(
+    batch: int, q_len: int, kv_len: int, device: torch.device, head_dim: int = HEAD_DIM
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(kv_len + q_len)
+
+    def normal(heads: int, tokens: int) -> Tensor:
+        return torch.randn(batch, heads, tokens, head_dim, generator=generator).to(device)
+
+    return normal(Q_HEADS, q_len), normal(KV_HEADS, kv_len), normal(KV_HEADS, kv_len)
+
+
+def _shape(batch: int, q_len: int, kv_len: int, head_dim: int = HEAD_DIM) -> dict[str, int]:
+    sizes = {"batch": batch, "q_len": q_len, "kv_len": kv_len}
+    return {**sizes, "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "head_dim": head_dim}
+
+
+def _store(k: Tensor, v: Tensor, k_bits: int, v_bits: int):
+    balance, mean = kvcore.turbo_calibrate(k)
+    p8, p4, p2, table, tail, tail_scale, clamps, lens = kvcore.turbo_quantize(
+        k, v, balance, mean, k_bits=[k_bits], v_bits=[v_bits]
+    )
+    pool = [p for p in (p8, p4, p2) if p.shape[0]]
+    return pool, table, tail, tail_scale, clamps, lens, balance, mean
+
+
+def _decode(
+    batch: int, q_len: int, kv_len: int, device: torch.device, head_dim: int = HEAD_DIM
+) -> Case:
+    q, k, v = _inputs(batch, q_len, kv_len, device, head_dim)
+    name = f"decode, {kv_len} tokens, batch {batch}, q_len {q_len}"
+    name += "" if head_dim == HEAD_DIM else f", head_dim {head_dim}"
+    case = Case(name, _shape(batch, q_len, kv_len, head_dim), {})
+    dense = peers.sdpa_decode(q, k, v)
+    expected = dense["SDPA fp32, enable_gqa"]()
+    for name, run in dense.items():
+        size = 2 if "bf16" in name else 4
+        error = _checked(name, _relative_error(run(), expected), 0.01)
+        case.variants[name] = Variant(run, 2 * k.numel() * size, error)
+    q16 = q.bfloat16()
+    for name, (k_bits, v_bits) in WIDTHS.items():
+        pool, table, tail, _, _, lens, balance, mean = _store(k, v, k_bits, v_bits)
+
+        def run(pool=pool, table=table, tail=tail, lens=lens, balance=balance, mean=mean):
+            return kvcore.turbo_decode(q16, pool, table, tail, lens, balance, mean)[0]
+
+        error = _checked(name, _relative_error(run(), expected), MAX_ERROR[name])
+        case.variants[f"kvcore {name}"] = Variant(run, _num_bytes(*pool, table), error)
+    case.operations = 4 * batch * Q_HEADS * q_len * kv_len * head_dim
+    return case
+
+
+def _prefill(tokens: int, device: torch.device) -> Case:
+    q, k, v = _inputs(1, tokens, tokens, device)
+    case = Case(f"causal prefill, {tokens} tokens", _shape(1, tokens, tokens), {}, cold=False)
+    dense = peers.sdpa_prefill(q, k, v)
+    expected = dense["SDPA fp32"]()
+    for name, run in dense.items():
+        error = _checked(name, _relative_error(run(), expected), 0.01)
+        case.variants[name] = Variant(run, 0, error, f"{name[-4:]} matmul")
+    q16, k16, v16 = (x.bfloat16() for x in (q, k, v))
+
+    def run():
+        return kvcore.turbo_attention(q16, k16, v16, causal=True)[0]
+
+    error = _checked("int8", _relative_error(run(), expected), MAX_ERROR["8 bit"])
+    case.variants["kvcore int8"] = Variant(run, 0, error, "int8 matmul")
+    case.operations = 2 * Q_HEADS * tokens * tokens * HEAD_DIM  # half of 4: causal
+    return case
+
+
+def _append(kv_len: int, layers: int, device: torch.device, cold: bool = True) -> Case:
+    """One token's K and V joins the cache of each layer.
+
+    With a single layer and a cold cache torch's and Python's code is as cold as the data. In a step
+    of several layers only the first one pays for that.
+    """
+    from transformers import LlamaConfig
+
+    from kvcore.cache import TurboCache
+
+    _, k, v = _inputs(1, 1, kv_len, device)
+    k, v = k.bfloat16(), v.bfloat16()
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        num_attention_heads=Q_HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        hidden_size=Q_HEADS * HEAD_DIM,
+    )
+    new = k[:, :, -1:].clone(), v[:, :, -1:].clone()
+    caches = {
+        "DynamicCache": peers.dynamic_cache(),
+        "QuantizedCache fp8": peers.quantized_cache(config),
+        "kvcore TurboCache": TurboCache(config),
+    }
+    count = "1 layer" if layers == 1 else f"{layers} layers"
+    name = f"append one token to {count} at {kv_len} tokens" + ("" if cold else ", warm")
+    case = Case(name, _shape(1, 1, kv_len), {}, cold=cold)
+    case.shape["layers"] = layers
+    for name, cache in caches.items():
+        for layer in range(layers):
+            cache.update(k, v, layer)
+
+        def run(cache=cache):
+            for layer in range(layers):
+                cache.update(*new, layer)
+
+        case.variants[name] = Variant(run)
+    return case
+
+
+def turbo(quick: bool, device: torch.device) -> Iterator[Callable[[], Case]]:
+    """Cases of the turbo family, each built only when its turn comes."""
+    yield lambda: _decode(1, 1, 4096, device)
+    yield lambda: _prefill(1024 if quick else 4096, device)
+    yield lambda: _append(4096 if quick else 32768, 1, device)
+    if quick:
+        return
+    yield lambda: _append(32768, 1, device, cold=False)
+    yield lambda: _append(32768, 4, device)
+    for kv_len in (1024, 16384, 32768, 131072):
+        yield lambda kv_len=kv_len: _decode(1, 1, kv_len, device)
+    yield lambda: _decode(8, 1, 4096, device)
+    yield lambda: _decode(1, 4, 32768, device)
+    for head_dim in (64, 256):
+        yield lambda head_dim=head_dim: _decode(1, 1, 32768, device, head_dim)
