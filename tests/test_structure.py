@@ -223,6 +223,7 @@ def imports(path):
 LAYERS = {
     "_native": set(),
     "ops": {"ops", "_native"},
+    "distributed": {"ops"},
     "reference": {"reference"},
     "cache": {"cache", "ops", "_native", "_C"},
     "hf": {"hf", "cache", "ops", "_native"},

@@ -19,8 +19,8 @@ from kvcore.ops import gdn_autograd as _gdn_autograd  # noqa: E402, F401  (and b
 __version__ = "0.1.0"
 __all__ = ["__version__", *ops.__all__]
 
-# These may import transformers, or are for tests: only on first use.
-_LAZY = ("cache", "demo", "eval", "hf", "reference")
+# These may import transformers or torch.distributed, or are for tests: only on first use.
+_LAZY = ("cache", "demo", "distributed", "eval", "hf", "reference")
 
 
 def __getattr__(name: str):
