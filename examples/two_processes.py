@@ -20,7 +20,7 @@ import kvcore
 from kvcore.distributed import context_shard, gather_heads, head_shard, merge_context
 
 PROCESSES = 2
-BATCH, Q_HEADS, KV_HEADS, TOKENS, HEAD_DIM = 1, 8, 2, 1000, 64
+BATCH, Q_HEADS, KV_HEADS, TOKENS, HEAD_DIM = 1, 8, 2, 1024, 64
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -30,10 +30,12 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q, k, v
 
 
-def decode(q, k, v, calibration, causal=True):
+def decode(q, k, v, calibration, causal=True, sink_pages=1):
     """Stores K and V at 4 bit and attends to them: the output and its logarithmic sum."""
     k_balance, k_mean = calibration
-    *pools, table, tail, _, _, lens = kvcore.turbo_quantize(k, v, k_balance, k_mean)
+    *pools, table, tail, _, _, lens = kvcore.turbo_quantize(
+        k, v, k_balance, k_mean, sink_pages=sink_pages
+    )
     pool = [slab for slab in pools if slab.shape[0]]
     return kvcore.turbo_decode(q, pool, table, tail, lens, k_balance, k_mean, causal=causal)
 
@@ -49,9 +51,16 @@ def by_heads(q, k, v, calibration, rank):
 def by_context(q, k, v, calibration, rank):
     """Context parallel: this process has some of the tokens, of all heads."""
     tokens = context_shard(TOKENS, rank, PROCESSES)
-    # The newest token is the last process's; to the others it is later than all that they hold.
-    causal = rank == PROCESSES - 1
-    out, lse = decode(q, k[:, :, tokens], v[:, :, tokens], calibration, causal)
+    out, lse = decode(
+        q,
+        k[:, :, tokens],
+        v[:, :, tokens],
+        calibration,
+        # The newest token is the last process's; to the others it is later than all they hold.
+        causal=rank == PROCESSES - 1,
+        # The first page of the context, which stays at 8 bit, is the first process's.
+        sink_pages=int(rank == 0),
+    )
     return merge_context(out, lse)[0]
 
 
@@ -69,7 +78,9 @@ def run(rank: int, store: str) -> None:
         error = ((context - expected).norm() / expected.norm()).item()
         print(f"by context: relative difference {error:.1e}")
         assert heads.equal(expected)
-        assert error < 1e-5
+        # The merge is exact to fp32 rounding. Inside a part probabilities are rounded to int8
+        # beside the part's own maximum, so some of them fall on the other side.
+        assert error < 2e-3
     dist.destroy_process_group()
 
 

@@ -2,7 +2,8 @@
 
 Nothing here knows which cache a rank holds: every attention op of kvcore returns its ``lse``, and
 that is all that a merge needs. With heads spread (tensor parallel) results are the same bits as in
-one process; with the context spread they are the same up to fp32 rounding.
+one process. With the context spread the merge adds fp32 rounding, and ops that round probabilities
+beside their running maximum (turbo's, to int8) round some of them otherwise.
 """
 
 from __future__ import annotations

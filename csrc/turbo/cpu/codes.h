@@ -204,25 +204,33 @@ inline U16 half_of(U16 step) {
   return half > one ? half : one;
 }
 
+inline U16 saturating_sub(U16 a, U16 b) { return a > b ? a - b : U16{}; }
+
+/// From a channel's least code to its zero: half of what the steps do not reach, to even.
+inline U16 shift_of(U16 range, U16 step, U16 levels) {
+  const U16 excess = saturating_sub(range, step * levels);
+  return (excess + (excess >> 1 & splat_u16(1))) >> 1;
+}
+
 /// Squared error of one step per channel, whose sum over 64 codes can pass 16 bits at 2 bit: an
 /// error is at most 40, so 32 codes fit.
 struct StepError {
   U16 early, late;
 };
-inline StepError step_error(const U16* above_zero, U16 step, U16 levels) {
+inline StepError step_error(const U16* above_least, U16 step, U16 shift, U16 levels) {
   const U16 reciprocal = reciprocals(step), half = half_of(step);
-  const auto sum = [&](const U16* a) {
+  const auto sum = [&](const U16* above) {
     U16 total{};
     for (int t = 0; t < kPageTokens / 2; ++t) {
       // A tie rounds up here; rounding it to even makes an error of the same size.
-      U16 q = mul_high(a[t] + half, reciprocal);
+      U16 q = mul_high(saturating_sub(above[t], shift) + half, reciprocal);
       q = q < levels ? q : levels;
-      const U16 error = q * step - a[t];
+      const U16 error = q * step + shift - above[t];
       total += error * error;
     }
     return total;
   };
-  return {sum(above_zero), sum(above_zero + kPageTokens / 2)};
+  return {sum(above_least), sum(above_least + kPageTokens / 2)};
 }
 
 /// Stage 2 of one page: narrow codes one in a byte, step and zero [head_dim].
@@ -230,37 +238,42 @@ inline void narrow_codes(const int8_t* codes, int bits, int head_dim, uint8_t* n
                          uint8_t* step_out, int8_t* zero_out) {
   const U16 levels = splat_u16((1 << bits) - 1), one = splat_u16(1);
   for (int c = 0; c < head_dim; c += kWordLanes) {
-    S8 zero, top;
-    memcpy(&zero, codes + c, sizeof zero);
-    top = zero;
+    S8 least, top;
+    memcpy(&least, codes + c, sizeof least);
+    top = least;
     for (int t = 1; t < kPageTokens; ++t) {
       S8 q8;
       memcpy(&q8, codes + t * head_dim + c, sizeof q8);
-      zero = q8 < zero ? q8 : zero;
+      least = q8 < least ? q8 : least;
       top = q8 > top ? q8 : top;
     }
-    U16 above_zero[kPageTokens];
+    U16 above_least[kPageTokens];
     for (int t = 0; t < kPageTokens; ++t) {
       S8 q8;
       memcpy(&q8, codes + t * head_dim + c, sizeof q8);
-      above_zero[t] = __builtin_convertvector((U8)q8 - (U8)zero, U16);
+      above_least[t] = __builtin_convertvector((U8)q8 - (U8)least, U16);
     }
-    const U16 range = __builtin_convertvector((U8)top - (U8)zero, U16);
+    const U16 range = __builtin_convertvector((U8)top - (U8)least, U16);
     const U16 by_levels = splat_u16(kReciprocals.of[(1 << bits) - 1]);
     U16 step = mul_high(range + (levels >> 1), by_levels);
     U16 ceiling = mul_high(range + levels - one, by_levels);
     step = step > one ? step : one;
     ceiling = ceiling > one ? ceiling : one;
-    const StepError first = step_error(above_zero, step, levels);
-    const StepError second = step_error(above_zero, ceiling, levels);
+    // All of the range is within reach of the other candidate.
+    U16 shift = shift_of(range, step, levels);
+    const StepError first = step_error(above_least, step, shift, levels);
+    const StepError second = step_error(above_least, ceiling, U16{}, levels);
     for (int i = 0; i < kWordLanes; ++i) {
       const int difference = (second.early[i] + second.late[i]) - (first.early[i] + first.late[i]);
-      if (difference < 0) step[i] = ceiling[i];
+      if (difference < 0) {
+        step[i] = ceiling[i];
+        shift[i] = 0;
+      }
     }
 
     const U16 reciprocal = reciprocals(step), half = half_of(step);
     for (int t = 0; t < kPageTokens; ++t) {
-      const U16 a = above_zero[t];
+      const U16 a = saturating_sub(above_least[t], shift);
       U16 q = mul_high(a + half, reciprocal);
       // Rounded up from a tie to an odd number: the even one is below.
       const U16 tie = (U16)((q * step - a) * splat_u16(2) == step);
@@ -271,6 +284,7 @@ inline void narrow_codes(const int8_t* codes, int bits, int head_dim, uint8_t* n
     }
     const U8 step_bytes = __builtin_convertvector(step, U8);
     memcpy(step_out + c, &step_bytes, sizeof step_bytes);
+    const S8 zero = (S8)((U8)least + __builtin_convertvector(shift, U8));
     memcpy(zero_out + c, &zero, sizeof zero);
   }
 }

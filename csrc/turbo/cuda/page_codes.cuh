@@ -46,15 +46,16 @@ __device__ inline void write_header(uint8_t* block, float scale, int32_t page_id
 }
 
 /// Sum of squared errors of a step over the tile's 16 codes of a channel.
-__device__ inline float step_error(const float (&above_zero)[kTileTokens], float step,
+__device__ inline float step_error(const float (&above_least)[kTileTokens], float step, float shift,
                                    float levels) {
   const float reciprocal = 1 / step;
   float sum = 0;
 #pragma unroll
   for (int i = 0; i < kTileTokens; ++i) {
     // A tie may round either way: the error has the same size.
-    const float q = fminf(round_even(above_zero[i] * reciprocal), levels);
-    const float error = fmaf(q, step, -above_zero[i]);
+    const float above = above_least[i] - shift;
+    const float q = fminf(round_even(fmaxf(above, 0) * reciprocal), levels);
+    const float error = fmaf(q, step, -above);
     sum = fmaf(error, error, sum);  // exact: below 2^24 for the whole page
   }
   return sum;
@@ -72,34 +73,36 @@ __device__ inline CodeTile narrow_tile(const CodeTile& codes, float levels, uint
     float code[kTileTokens];  // 2^23 + 128 + code
 #pragma unroll
     for (int i = 0; i < kTileTokens; ++i) code[i] = biased_byte(codes.word[i] ^ 0x80808080u, j);
-    float zero = code[0], top = code[0];
+    float least = code[0], top = code[0];
 #pragma unroll
     for (int i = 1; i < kTileTokens; ++i) {
-      zero = fminf(zero, code[i]);
+      least = fminf(least, code[i]);
       top = fmaxf(top, code[i]);
     }
-    zero = warp_min<kTileQuarters>(zero);
+    least = warp_min<kTileQuarters>(least);
     top = warp_max<kTileQuarters>(top);
 #pragma unroll
-    for (int i = 0; i < kTileTokens; ++i) code[i] -= zero;
-    const float quotient = (top - zero) / levels;
+    for (int i = 0; i < kTileTokens; ++i) code[i] -= least;
+    const float range = top - least, quotient = range / levels;
     const float first = fmaxf(rintf(quotient), 1), second = fmaxf(ceilf(quotient), 1);
+    // Half of what the steps do not reach; all is within reach of the second candidate.
+    const float middle = rintf(fmaxf(fmaf(-levels, first, range), 0) / 2);
     // By how much the second candidate is better; exact.
-    const float gain =
-        warp_sum<kTileQuarters>(step_error(code, first, levels) - step_error(code, second, levels));
-    const float step = gain > 0 ? second : first;
+    const float gain = warp_sum<kTileQuarters>(step_error(code, first, middle, levels) -
+                                               step_error(code, second, 0, levels));
+    const float step = gain > 0 ? second : first, shift = gain > 0 ? 0 : middle;
 
     const float reciprocal = 1 / step;
 #pragma unroll
     for (int i = 0; i < kTileTokens; ++i) {
       // The quotient corrected by its remainder, so that what is a tie is one here.
-      const float near = code[i] * reciprocal;
-      const float exact = fmaf(fmaf(-near, step, code[i]), reciprocal, near);
+      const float above = fmaxf(code[i] - shift, 0), near = above * reciprocal;
+      const float exact = fmaf(fmaf(-near, step, above), reciprocal, near);
       const float q = fminf(exact + kRounder, levels + kRounder);
       narrow.word[i] |= (__float_as_uint(q) & 0xff) << 8 * j;
     }
     step_word |= (__float_as_uint(step + kRounder) & 0xff) << 8 * j;
-    zero_word |= ((__float_as_uint(zero) & 0xff) ^ 0x80) << 8 * j;
+    zero_word |= ((__float_as_uint(least + shift) & 0xff) ^ 0x80) << 8 * j;
   }
   return narrow;
 }

@@ -76,20 +76,30 @@ def stage2(codes: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
         narrow codes, shape of codes, and step and zero ``[..., head_dim]``, all int32.
     """
     levels = 2**bits - 1
-    zero = codes.amin(-2)
-    exact_step = (codes.amax(-2) - zero).float() / levels
+    least = codes.amin(-2)
+    value_range = codes.amax(-2) - least
+    exact_step = value_range.float() / levels
     best = None
     for step in (exact_step.round().clamp_min(1), exact_step.ceil().clamp_min(1)):
-        narrow = ((codes - zero.unsqueeze(-2)) / step.unsqueeze(-2)).round().clamp_max(levels).int()
         step = step.int()
+        # Codes that the steps do not reach are clipped at both ends alike, or sums of many values
+        # would drift.
+        excess = (value_range - levels * step).clamp_min(0)
+        zero = least + (excess / 2).round().int()
+        narrow = ((codes - zero.unsqueeze(-2)) / step.unsqueeze(-2)).round().clamp(0, levels).int()
         error = (widen(narrow, step, zero) - codes).square().sum(-2)
         if best is None:
-            best = (error, narrow, step)
+            best = (error, narrow, step, zero)
         else:
             better = error < best[0]
             narrow = torch.where(better.unsqueeze(-2), narrow, best[1])
-            best = (error, narrow, torch.where(better, step, best[2]))
-    return best[1], best[2], zero
+            best = (
+                torch.minimum(error, best[0]),
+                narrow,
+                torch.where(better, step, best[2]),
+                torch.where(better, zero, best[3]),
+            )
+    return best[1:]
 
 
 def widen(narrow: Tensor, step: Tensor, zero: Tensor) -> Tensor:
