@@ -102,6 +102,23 @@ def test_support_and_residual_of_both_searches(sparsity, share):
         assert 0.999 <= ratio <= 1.001
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize("offset", [128, 133])
+def test_atoms_that_bf16_does_not_tell_apart(offset):
+    # Where the search rounds to bf16, either of two such atoms may have the larger product there.
+    # They lie in one lane of its vectors, or in two.
+    atoms = make_dictionary(offset, 64)
+    near = torch.nn.functional.normalize(atoms + 6e-4 * normal(offset, 64, seed=9), dim=1)
+    dictionary = torch.cat([atoms, near])
+    x = normal(1, 2, 60, 64, seed=10)
+    rounded = (dictionary.bfloat16().float() @ x[0, 0].bfloat16().float().T).abs().argmax(0)
+    exact = (dictionary.double() @ x[0, 0].double().T).abs().argmax(0)
+    assert (rounded != exact).float().mean() > 0.1
+    expected = lexico.lexico_encode(x, dictionary, sparsity=4)
+    actual = kvcore.lexico_encode(x, dictionary, sparsity=4)
+    assert_same_codes(actual, expected, x, dictionary)
+
+
 def test_many_vectors_agree_with_few():
     # Enough vectors for the op to compute the Gram matrix itself.
     dictionary = make_dictionary(256, 64)

@@ -60,4 +60,51 @@ inline Best reduce(const LaneBest& lanes) {
   return {values[best], static_cast<int32_t>(indices[best])};
 }
 
+#if defined(KVCORE_ISA_AVX512_BF16)
+
+/// The two largest magnitudes seen in each lane, and where; the first of equal ones.
+struct LaneBestTwo {
+  F32 value[2], index[2];
+
+  static LaneBestTwo none() { return {{splat(0.0f), splat(0.0f)}, {splat(0.0f), splat(0.0f)}}; }
+  void update(F32 x, F32 x_index) {
+    const F32 magnitude = abs(x);
+    const Mask first = less(value[0], magnitude), second = less(value[1], magnitude);
+    value[1] = select(first, value[0], select(second, magnitude, value[1]));
+    index[1] = select(first, index[0], select(second, x_index, index[1]));
+    value[0] = select(first, magnitude, value[0]);
+    index[0] = select(first, x_index, index[0]);
+  }
+};
+
+/// A row [head_dim] rounded to pairs of bf16 [head_dim / 2], the earlier channel in the low half.
+inline void round_row(const float* row, int head_dim, uint32_t* pairs) {
+  for (int i = 0; i < head_dim; i += 2 * kLanes) {
+    const __m512bh both = _mm512_cvtne2ps_pbh(load(row + i + kLanes), load(row + i));
+    _mm512_storeu_si512(pairs + i / 2, (__m512i)both);
+  }
+}
+
+/// correlate_tile of rows [kRowTile, head_dim / 2] and a panel [head_dim / 2, kPanelAtoms] of
+/// pairs.
+[[gnu::flatten]] inline void correlate_pairs(const uint32_t* rows, const uint32_t* panel,
+                                             int head_dim, F32 (&acc)[kRowTile][kChunks]) {
+  F32 sums[kRowTile][kChunks];
+  unroll<kRowTile>([&](int row) { unroll<kChunks>([&](int c) { sums[row][c] = splat(0.0f); }); });
+  const int num_pairs = head_dim / 2;
+  for (int i = 0; i < num_pairs; ++i) {
+    __m512bh atoms[kChunks];
+    unroll<kChunks>([&](int c) {
+      atoms[c] = (__m512bh)_mm512_loadu_si512(panel + i * kPanelAtoms + c * kLanes);
+    });
+    unroll<kRowTile>([&](int row) {
+      const auto x = (__m512bh)_mm512_set1_epi32(static_cast<int>(rows[row * num_pairs + i]));
+      unroll<kChunks>([&](int c) { sums[row][c] = _mm512_dpbf16_ps(sums[row][c], x, atoms[c]); });
+    });
+  }
+  unroll<kRowTile>([&](int row) { unroll<kChunks>([&](int c) { acc[row][c] = sums[row][c]; }); });
+}
+
+#endif
+
 }  // namespace kvcore::lexico::KVCORE_ISA

@@ -2,8 +2,10 @@
 // the next atom is nearly all the work, and there are two ways to do it: products of the residual
 // with every atom (head_dim multiply-adds an atom), or the products of the vector, computed once,
 // minus the selected atoms' rows of the Gram matrix (as many multiply-adds an atom as atoms were
-// selected). The second needs the matrix: it is worth computing for many vectors.
+// selected). The second needs the matrix: it is worth computing for many vectors. With AVX-512 BF16
+// the first multiplies bf16, and what could be the largest product is computed again in fp32.
 #include <algorithm>
+#include <cstddef>
 
 #include "core/cpu/parallel.h"
 #include "core/cpu/scratch.h"
@@ -31,7 +33,7 @@ void encode(const EncodeParams& p) {
   const int64_t num_tasks = (num_vectors + block - 1) / block;
   const int64_t workers = max_workers(num_tasks);
 
-  const auto packed = make_scratch<float>({panels, p.head_dim, kPanelAtoms});
+  const auto packed = make_scratch<std::byte>({panels, p.head_dim, kPanelAtoms, sizeof(float)});
   const auto computed = make_scratch<float>({with_gram && !p.gram ? p.atoms : 0, p.atoms});
   const auto pursuits = make_scratch<Pursuit>({workers, block});
   // Zeros: a tile of rows may reach past the vectors of its block.
@@ -46,12 +48,12 @@ void encode(const EncodeParams& p) {
   auto* const fill_gram = KVCORE_ISA_SELECT(gram_kernel);
   auto* const kernel = KVCORE_ISA_SELECT(encode_kernel);
   parallel_for(0, panels, 4,
-               [&](int64_t begin, int64_t end) { pack(p, begin, end, packed.get()); });
+               [&](int64_t begin, int64_t end) { pack(p, with_gram, begin, end, packed.get()); });
   EncodeTables tables = {.panels = packed.get(), .gram = p.gram};
   if (with_gram && !p.gram) {
     constexpr int64_t kRows = 8 * kRowTile;
     parallel_tasks((p.atoms + kRows - 1) / kRows, [&](int64_t task, int64_t) {
-      fill_gram(p, packed.get(), task * kRows, std::min((task + 1) * kRows, p.atoms),
+      fill_gram(p, tables.panels, task * kRows, std::min((task + 1) * kRows, p.atoms),
                 computed.get());
     });
     tables.gram = computed.get();

@@ -159,16 +159,86 @@ void correlate_all(const EncodeParams& p, const float* panels, const float* vect
   }
 }
 
-/// Best atoms of the rows of `residuals`.
-void search_all(const EncodeParams& p, const float* panels, const float* residuals, int rows,
-                LaneBest* best) {
+#if defined(KVCORE_ISA_AVX512_BF16)
+
+/// The largest product with the residual, in fp32, of the atoms that it can be of.
+Best rescore(const EncodeParams& p, const LaneBestTwo& lanes, const float* residual) {
   const int head_dim = static_cast<int>(p.head_dim);
+  float values[2][kLanes], indices[2][kLanes];
+  float largest = 0;
+  for (int i = 0; i < 2; ++i) {
+    store(values[i], lanes.value[i]);
+    store(indices[i], lanes.index[i]);
+  }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    largest = values[0][lane] > largest ? values[0][lane] : largest;
+  }
+  // Each factor is off by 2^-9 of itself at most, so a product with an atom of norm 1 by 2^-8 of
+  // the residual's norm, and of two products that the rounding exchanges by twice that.
+  const float norm = __builtin_sqrtf(dot(residual, residual, head_dim));
+  const float least = largest - 0x1.02p-7f * norm;
+  Best best = {-1, 0};
+  for (int i = 0; i < 2; ++i) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (!(values[i][lane] >= least)) continue;
+      const int32_t index = static_cast<int32_t>(indices[i][lane]);
+      const float product = dot(residual, p.dictionary + index * p.head_dim, head_dim);
+      const float magnitude = product < 0 ? -product : product;
+      const bool first = magnitude == best.value && index < best.index;
+      if (magnitude > best.value || first) best = {magnitude, index};
+    }
+  }
+  return best;
+}
+
+/// Best atoms of the rows of `residuals`, [rows rounded up to kRowTile, head_dim].
+void search_all(const EncodeParams& p, const void* panels, const float* residuals, int rows,
+                Best* found) {
+  const int head_dim = static_cast<int>(p.head_dim), num_pairs = head_dim / 2;
+  static_assert(kTileAtoms == kPanelAtoms && kRecomputeBlock % kRowTile == 0);
+  uint32_t pairs[kRecomputeBlock * kMaxHeadDim / 2];
+  LaneBestTwo best[kRecomputeBlock];
+  for (int row = 0; row < rows; row += kRowTile) {
+    for (int r = row; r < row + kRowTile; ++r) {
+      round_row(residuals + r * head_dim, head_dim, pairs + r * num_pairs);
+      best[r] = LaneBestTwo::none();
+    }
+  }
+  for (int64_t panel = 0; panel < num_panels(p.atoms); ++panel) {
+    const uint32_t* const atoms =
+        static_cast<const uint32_t*>(panels) + panel * num_pairs * kPanelAtoms;
+    const F32 first = to_f32(add_i32(iota(), splat_i32(panel * kPanelAtoms)));
+    for (int row = 0; row < rows; row += kRowTile) {
+      F32 acc[kRowTile][kChunks];
+      correlate_pairs(pairs + row * num_pairs, atoms, head_dim, acc);
+      for (int r = 0; r < kRowTile; ++r) {
+        LaneBestTwo lanes = best[row + r];
+        for (int c = 0; c < kChunks; ++c) {
+          lanes.update(acc[r][c], first + splat(static_cast<float>(c * kLanes)));
+        }
+        best[row + r] = lanes;
+      }
+    }
+  }
+  for (int row = 0; row < rows; ++row) {
+    found[row] = rescore(p, best[row], residuals + row * head_dim);
+  }
+}
+
+#else
+
+/// Best atoms of the rows of `residuals`.
+void search_all(const EncodeParams& p, const void* panels, const float* residuals, int rows,
+                Best* found) {
+  const int head_dim = static_cast<int>(p.head_dim);
+  const float* const all = static_cast<const float*>(panels);
+  LaneBest best[kRecomputeBlock];
   for (int row = 0; row < rows; ++row) best[row] = LaneBest::none();
   for (int64_t panel = 0; panel < num_panels(p.atoms); ++panel) {
     for (int row = 0; row < rows; row += kRowTile) {
       for (int atom = 0; atom < kPanelAtoms; atom += kTileAtoms) {
         F32 acc[kRowTile][kChunks];
-        correlate_tile(residuals + row * head_dim, panels + panel * head_dim * kPanelAtoms + atom,
+        correlate_tile(residuals + row * head_dim, all + panel * head_dim * kPanelAtoms + atom,
                        head_dim, acc);
         const F32 first = to_f32(add_i32(iota(), splat_i32(panel * kPanelAtoms + atom)));
         for (int r = 0; r < kRowTile && row + r < rows; ++r) {
@@ -181,12 +251,16 @@ void search_all(const EncodeParams& p, const float* panels, const float* residua
       }
     }
   }
+  for (int row = 0; row < rows; ++row) found[row] = reduce(best[row]);
 }
+
+#endif
 
 void encode_with_gram(const EncodeParams& p, const EncodeTables& tables,
                       const EncodeScratch& scratch, int count) {
   const int64_t stride = padded_atoms(p.atoms);
-  correlate_all(p, tables.panels, scratch.vectors, count, scratch.correlations, stride);
+  correlate_all(p, static_cast<const float*>(tables.panels), scratch.vectors, count,
+                scratch.correlations, stride);
   for (int v = 0; v < count; ++v) {
     Pursuit& s = scratch.pursuits[v];
     const float* correlations = scratch.correlations + v * stride;
@@ -205,7 +279,7 @@ void encode_with_gram(const EncodeParams& p, const EncodeTables& tables,
 void encode_by_residuals(const EncodeParams& p, const EncodeTables& tables,
                          const EncodeScratch& scratch, int count) {
   const int head_dim = static_cast<int>(p.head_dim);
-  LaneBest best[kRecomputeBlock];
+  Best best[kRecomputeBlock];
   int active[kRecomputeBlock];  // vectors that are not done, the rows of `residuals`
   int num_active = 0;
   for (int v = 0; v < count; ++v) {
@@ -224,7 +298,7 @@ void encode_by_residuals(const EncodeParams& p, const EncodeTables& tables,
       const int v = active[row];
       Pursuit& s = scratch.pursuits[v];
       const float* vector = scratch.vectors + v * head_dim;
-      const Best found = reduce(best[row]);
+      const Best found = best[row];
       bool done = is_negligible(s, found.value);
       if (!done) {
         const float* atom = p.dictionary + found.index * p.head_dim;
@@ -247,10 +321,23 @@ void encode_by_residuals(const EncodeParams& p, const EncodeTables& tables,
 
 }  // namespace
 
-void pack_dictionary_kernel(const EncodeParams& p, int64_t panel_begin, int64_t panel_end,
-                            float* panels) {
+void pack_dictionary_kernel(const EncodeParams& p, [[maybe_unused]] bool with_gram,
+                            int64_t panel_begin, int64_t panel_end, void* panels) {
+#if defined(KVCORE_ISA_AVX512_BF16)
+  if (!with_gram) {
+    const int head_dim = static_cast<int>(p.head_dim), num_pairs = head_dim / 2;
+    for (int64_t atom = panel_begin * kPanelAtoms; atom < panel_end * kPanelAtoms; ++atom) {
+      uint32_t pairs[kMaxHeadDim / 2] = {};
+      if (atom < p.atoms) round_row(p.dictionary + atom * head_dim, head_dim, pairs);
+      uint32_t* const out = static_cast<uint32_t*>(panels) +
+                            atom / kPanelAtoms * num_pairs * kPanelAtoms + atom % kPanelAtoms;
+      for (int i = 0; i < num_pairs; ++i) out[i * kPanelAtoms] = pairs[i];
+    }
+    return;
+  }
+#endif
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-    float* const out = panels + panel * p.head_dim * kPanelAtoms;
+    float* const out = static_cast<float*>(panels) + panel * p.head_dim * kPanelAtoms;
     for (int64_t i = 0; i < p.head_dim; ++i) {
       for (int64_t a = 0; a < kPanelAtoms; ++a) {
         const int64_t atom = panel * kPanelAtoms + a;
@@ -260,9 +347,10 @@ void pack_dictionary_kernel(const EncodeParams& p, int64_t panel_begin, int64_t 
   }
 }
 
-void gram_kernel(const EncodeParams& p, const float* panels, int64_t row_begin, int64_t row_end,
+void gram_kernel(const EncodeParams& p, const void* panels, int64_t row_begin, int64_t row_end,
                  float* gram) {
   const int head_dim = static_cast<int>(p.head_dim);
+  const float* const all = static_cast<const float*>(panels);
   for (int64_t panel = 0; panel < num_panels(p.atoms); ++panel) {
     for (int64_t row = row_begin; row < row_end; row += kRowTile) {
       // Tiles have kRowTile rows: the last one repeats a row.
@@ -273,7 +361,7 @@ void gram_kernel(const EncodeParams& p, const float* panels, int64_t row_begin, 
       }
       for (int atom = 0; atom < kPanelAtoms; atom += kTileAtoms) {
         F32 acc[kRowTile][kChunks];
-        correlate_tile(rows, panels + panel * head_dim * kPanelAtoms + atom, head_dim, acc);
+        correlate_tile(rows, all + panel * head_dim * kPanelAtoms + atom, head_dim, acc);
         const int64_t first = panel * kPanelAtoms + atom;
         for (int r = 0; r < kRowTile && row + r < row_end; ++r) {
           for (int c = 0; c < kChunks; ++c) {

@@ -43,16 +43,19 @@ struct EncodeScratch {
 
 /// The dictionary as the kernels read it, and the Gram matrix if it is used.
 struct EncodeTables {
-  const float* panels;  // [num_panels, head_dim, kPanelAtoms], zeros for atoms that are not there
-  const float* gram;    // [atoms, atoms], may be null
+  // [num_panels, head_dim, kPanelAtoms] fp32, zeros for atoms that are not there. Without the Gram
+  // matrix and with AVX-512 BF16: pairs of bf16, [num_panels, head_dim / 2, kPanelAtoms].
+  const void* panels;
+  const float* gram;  // [atoms, atoms], may be null
 };
 
-// Fills panels [panel_begin, panel_end) of `panels`.
-KVCORE_ISA_DECLARE(void pack_dictionary_kernel(const EncodeParams& p, int64_t panel_begin,
-                                               int64_t panel_end, float* panels))
+// Fills panels [panel_begin, panel_end) of a table, for the search with the Gram matrix or without.
+KVCORE_ISA_DECLARE(void pack_dictionary_kernel(const EncodeParams& p, bool with_gram,
+                                               int64_t panel_begin, int64_t panel_end,
+                                               void* panels))
 
 // Rows [row_begin, row_end) of the Gram matrix [atoms, atoms].
-KVCORE_ISA_DECLARE(void gram_kernel(const EncodeParams& p, const float* panels, int64_t row_begin,
+KVCORE_ISA_DECLARE(void gram_kernel(const EncodeParams& p, const void* panels, int64_t row_begin,
                                     int64_t row_end, float* gram))
 
 // Vectors [begin, end), at most the block of scratch.
