@@ -33,7 +33,7 @@ REQUIRED: dict[str, list[str]] = {
         "HMMA.16816.F32.BF16",
         "LDGSTS",
         "LDS.128",
-        "LDG.E.128",
+        "LDG.E.128|LDG.E.NA.128",  # NA: beside the first-level cache
         "VIMNMX|IMNMX",
     ],
     "encode_step_kernel": ["DFMA", "LDG.E.128", "STG.E.128", "LDGSTS"],
