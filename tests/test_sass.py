@@ -28,6 +28,7 @@ REQUIRED: dict[str, list[str]] = {
     r"\bseal_v_kernel": ["ATOMS"],
     r"\battention_kernel<": ["IMMA.16832.S8.S8", "LDSM", "LDGSTS", "LDS.128", "MUFU.EX2"],
     r"\brecurrent_step_kernel<": ["LDG.E.128", "STG.E.128", "SHFL"],
+    r"\bconv1d_(backward_)?kernel<": ["LDG.E", "STG.E", "MUFU.EX2", "MUFU.RCP"],
     r"\bdecode_kernel<": ["IMMA.16832.S8.S8", "LDSM", "LDGSTS", "LDS.128", "MUFU.EX2", "HFMA2"],
     "encode_select_kernel": [
         "HMMA.16816.F32.BF16",

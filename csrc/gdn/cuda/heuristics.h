@@ -24,4 +24,14 @@ constexpr int step_loads(int64_t k_dim) { return k_dim <= 128 ? 8 : 16; }
 // write; one more of either would spill.
 constexpr int step_ctas(int loads) { return loads <= 8 ? 5 : 3; }
 
+// ---- Causal convolution
+
+// A warp reads 32 x 4 channels of a token, 256 bytes in 16 bits: whole lines.
+constexpr int kConvThreads = 128;
+// Tokens of a thread: the width - 1 tokens before them are read again, 5 % of the traffic, most of
+// it from the second-level cache. 4,096 tokens of 8,192 channels are 1,024 CTAs.
+constexpr int kConvTokens = 64;
+// Rows that a thread has on their way: 8 bytes each, 128 KiB of a multiprocessor's 2,048 threads.
+constexpr int kConvAhead = 8;
+
 }  // namespace kvcore::gdn

@@ -5,6 +5,7 @@
 // they have two or four.
 #pragma once
 
+#include "core/cuda/cu_seqlens.cuh"
 #include "core/cuda/error_flags.cuh"
 #include "core/cuda/rows.cuh"
 #include "turbo/cuda/attention_args.cuh"
@@ -73,16 +74,8 @@ __global__ void attention_quantize_kernel(const __grid_constant__ AttentionArgs 
 template <int kThreads>
 __global__ void check_cu_seqlens_kernel(const __grid_constant__ AttentionArgs args) {
   const AttentionParams& p = args.p;
-  const auto rises = [&](const int32_t* cu_seqlens, int64_t num_tokens) {
-    bool good = true;
-    for (int64_t i = threadIdx.x; i <= p.num_seqs; i += kThreads) {
-      const int32_t before = i == 0 ? 0 : cu_seqlens[i - 1];
-      good = good && cu_seqlens[i] >= before && (i > 0 || cu_seqlens[i] == 0) &&
-             (i < p.num_seqs || cu_seqlens[i] == num_tokens);
-    }
-    return good;
-  };
-  const bool good = rises(p.cu_seqlens_q, p.q_len) && rises(p.cu_seqlens_k, p.kv_len);
+  const bool good = rises_to<kThreads>(p.cu_seqlens_q, p.num_seqs, p.q_len) &&
+                    rises_to<kThreads>(p.cu_seqlens_k, p.num_seqs, p.kv_len);
   const bool is_valid = __syncthreads_or(!good) == 0;
   if (threadIdx.x == 0) {
     *args.is_valid = is_valid;
