@@ -2,22 +2,24 @@
 
 import json
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import hf_models
+import kvcore.hf
 from cache_tools import random_kv
-from hf_models import HYBRID_NAMES
-from kvcore.cache import TurboCache
+from hf_models import HYBRID_NAMES, dictionaries, lexico_cache, model, prompt
+from kvcore.cache import LexicoCache, TurboCache
 from kvcore.cache.safe_file import digest
 
 SAVED = ("llama", *HYBRID_NAMES)
 
 
-def filled(name="llama", tokens=200, seed=0, **arguments):
+def filled(name="llama", tokens=200, seed=0, *, make=None, dtype=torch.float32, **arguments):
     """A cache with random content in every layer, its sequences of different lengths."""
-    cache = TurboCache(hf_models.config(name), **arguments)
+    cache = make(name, **arguments) if make else TurboCache(hf_models.config(name), **arguments)
     generator = torch.Generator().manual_seed(seed)
     for i, layer in enumerate(cache.layers):
         if type(layer).__name__ == "LinearAttentionLayer":
@@ -27,13 +29,37 @@ def filled(name="llama", tokens=200, seed=0, **arguments):
         mask = torch.ones(3, tokens)
         mask[1, : tokens // 3] = 0
         cache.announce(mask)
-        cache.update(*random_kv(generator, 3, tokens), i)
-        cache.update(*random_kv(generator, 3, 9), i)
+        cache.update(*random_kv(generator, 3, tokens, dtype=dtype), i)
+        cache.update(*random_kv(generator, 3, 9, dtype=dtype), i)
     return cache
 
 
 def load(path, name="llama", **arguments):
     return TurboCache.load(path, hf_models.config(name), **arguments)
+
+
+def load_lexico(path, name="llama"):
+    return LexicoCache.load(path, hf_models.config(name), dictionaries(name))
+
+
+def check_decoding_continues(path, name, tokens, cache, load):
+    """Bitwise, after a cache was saved amid it; the loaded cache."""
+    net = kvcore.hf.enable(model(name))
+    ids, mask = prompt(3, tokens + 70, (0, 9, 33))
+    steps = [(0, tokens), *((t, t + 1) for t in range(tokens, tokens + 70))]
+
+    def step(cache, begin, end):
+        return net(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache).logits
+
+    with torch.no_grad():
+        for begin, end in steps[:30]:
+            step(cache, begin, end)
+        cache.save(path)
+        other = load(path, name)
+        for begin, end in steps[30:]:
+            assert torch.equal(step(cache, begin, end), step(other, begin, end))
+    kvcore.hf.disable(net)
+    return other
 
 
 def rewrite(source, target, change, *, sign=True):
@@ -58,3 +84,58 @@ def save_all(folder):
         filled(name, low_bit_heads=0.5).save(folder / name)
     filled(tokens=20).save(folder / "exact")
     return folder
+
+
+def save_all_lexico(folder):
+    """The same of the other cache: `SAVED`, `exact`, of a type without kernels, and `long`."""
+    for name in SAVED:
+        filled(name, make=lexico_cache, k_sparsity=3, v_sparsity=4).save(folder / name)
+    kvcore.hf.clear_fallback_reasons()
+    with pytest.warns(RuntimeWarning, match="unsupported dtype"):
+        filled(make=lexico_cache, tokens=20, dtype=torch.float64).save(folder / "exact")
+    filled(make=lexico_cache, tokens=4200, k_sparsity=1, v_sparsity=2).save(folder / "long")
+    return folder
+
+
+# Who saves, who loads, and the names of the files.
+FAMILIES = {
+    "turbo": (save_all, load, (*SAVED, "exact")),
+    "lexico": (save_all_lexico, load_lexico, (*SAVED, "exact", "long")),
+}
+
+
+def model_of(file):
+    """The model that a file of `save_all` is of."""
+    return file if file in SAVED else "llama"
+
+
+# ---- changes of a file, for `rewrite`
+
+
+def row(i, **values):
+    return lambda metadata, parts, tensors: parts["layers"][i].update(values)
+
+
+def value(name, change):
+    def go(metadata, parts, tensors):
+        tensors[name] = change(tensors[name])
+
+    return go
+
+
+def put(name, index, item):
+    def go(metadata, parts, tensors):
+        tensors[name][index] = item
+
+    return go
+
+
+def text(name, content):
+    def go(metadata, parts, tensors):
+        metadata[name], parts[name] = content, None
+
+    return go
+
+
+def drop(name):
+    return lambda metadata, parts, tensors: tensors.pop(name)

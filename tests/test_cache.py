@@ -1,4 +1,4 @@
-"""TurboLayer: what it holds, what readers see, how it grows, shrinks and is shared."""
+"""TurboLayer: what it holds, how it grows and is shared; what readers see of any layer."""
 
 import inspect
 
@@ -10,6 +10,8 @@ import kvcore.hf
 import kvcore.reference.turbo as reference
 from cache_tools import (
     HEAD_DIM,
+    each_fine_layer,
+    each_layer,
     random_kv,
     stored,
     turbo_layer,
@@ -42,8 +44,9 @@ def test_tokens_are_exact_until_a_sequence_has_64(generator):
     assert relative_l2(values.clone(), v) < 0.2
 
 
-def test_what_the_caller_does_to_its_tensors_later_does_not_matter(generator):
-    layer = turbo_layer()
+@each_layer
+def test_what_the_caller_does_to_its_tensors_later_does_not_matter(make_layer, generator):
+    layer = make_layer()
     k, v = random_kv(generator, 1, 10)
     layer.update(k, v)
     expected = k.clone()
@@ -112,8 +115,9 @@ def test_balance_keeps_an_outlier_channel_from_taking_the_range(generator):
 # ---- views
 
 
-def test_views_keep_their_tokens_while_more_are_appended(generator):
-    layer = turbo_layer(k_bits=8, v_bits=8)
+@each_fine_layer
+def test_views_keep_their_tokens_while_more_are_appended(make_layer, generator):
+    layer = make_layer()
     layer.update(*random_kv(generator, 2, 100))
     keys, values = layer.update(*random_kv(generator, 2, 3))
     expected = stored(layer)
@@ -123,6 +127,7 @@ def test_views_keep_their_tokens_while_more_are_appended(generator):
     assert torch.equal(values.clone(), expected[1])
 
 
+@each_layer
 @pytest.mark.parametrize(
     "change",
     [
@@ -134,8 +139,8 @@ def test_views_keep_their_tokens_while_more_are_appended(generator):
     ],
     ids=["crop", "reorder", "select", "repeat", "reset"],
 )
-def test_views_end_when_the_layer_changes(generator, change):
-    layer = turbo_layer()
+def test_views_end_when_the_layer_changes(make_layer, generator, change):
+    layer = make_layer()
     layer.update(*random_kv(generator, 2, 100))
     keys, _ = layer.update(*random_kv(generator, 2, 1))
     change(layer)
@@ -143,8 +148,9 @@ def test_views_end_when_the_layer_changes(generator, change):
         keys.clone()
 
 
-def test_views_work_in_any_operation(generator):
-    layer = turbo_layer()
+@each_layer
+def test_views_work_in_any_operation(make_layer, generator):
+    layer = make_layer()
     layer.update(*random_kv(generator, 2, 100))
     layer.update(*random_kv(generator, 2, 30))
     keys, values = layer.keys, layer.values
@@ -160,8 +166,9 @@ def test_views_work_in_any_operation(generator):
     assert "LazyKV(K, shape=(2, 2, 130, 64)" in repr(keys)
 
 
-def test_views_are_read_only(generator):
-    layer = turbo_layer()
+@each_layer
+def test_views_are_read_only(make_layer, generator):
+    layer = make_layer()
     layer.update(*random_kv(generator, 1, 100))
     layer.update(*random_kv(generator, 1, 1))
     expected = stored(layer)
@@ -177,8 +184,9 @@ def test_views_are_read_only(generator):
     assert torch.equal(stored(layer), expected)
 
 
-def test_gradients_reach_the_tokens_of_the_call(generator):
-    layer = turbo_layer()
+@each_layer
+def test_gradients_reach_the_tokens_of_the_call(make_layer, generator):
+    layer = make_layer()
     layer.update(*random_kv(generator, 1, 100))
     before = stored(layer)
     k, v = random_kv(generator, 1, 5)
@@ -193,8 +201,9 @@ def test_gradients_reach_the_tokens_of_the_call(generator):
     assert kvcore.hf.fallback_reasons() == {"gradients": 1}
 
 
-def test_inference_mode_may_begin_and_end_anywhere(generator):
-    layer = turbo_layer()
+@each_layer
+def test_inference_mode_may_begin_and_end_anywhere(make_layer, generator):
+    layer = make_layer()
     with torch.inference_mode():
         layer.update(*random_kv(generator, 2, 100))
     layer.update(*random_kv(generator, 2, 30))
@@ -209,8 +218,9 @@ def test_inference_mode_may_begin_and_end_anywhere(generator):
 # ---- crop, reset, sizes
 
 
-def test_crop_by_count_and_by_length(generator):
-    layer = turbo_layer(k_bits=8, v_bits=8)
+@each_fine_layer
+def test_crop_by_count_and_by_length(make_layer, generator):
+    layer = make_layer()
     layer.update(*random_kv(generator, 1, 50))
     layer.crop(-10)
     assert layer.get_seq_length() == 40
@@ -242,8 +252,9 @@ def test_reset_returns_the_memory_and_calibrates_again(generator):
     assert torch.equal(layer.store.k_mean, reference.turbo_calibrate(k)[1])
 
 
-def test_sizes(generator):
-    layer = turbo_layer()
+@each_layer
+def test_sizes(make_layer, generator):
+    layer = make_layer()
     assert (layer.get_seq_length(), layer.get_max_length()) == (0, -1)
     assert layer.get_mask_sizes(5) == (5, 0)
     layer.update(*random_kv(generator, 2, 100))

@@ -6,7 +6,7 @@ import torch
 import hf_models
 import kvcore.hf
 from compare import relative_l2
-from hf_models import full_logits, model, prompt, real
+from hf_models import full_logits, lexico_cache, model, prompt, real, stored_lens
 from kvcore.cache import TurboCache
 
 STEPS = (90, 1, 1, 1)
@@ -58,6 +58,19 @@ def test_a_compiled_model_reads_what_an_eager_one_does(max_cache_len, early):
         cache.reset()
         kvcore.hf.disable(model("llama"))
         kvcore.hf.enable(model("llama"))
+    assert kvcore.hf.fallback_reasons() == {}
+
+
+def test_a_compiled_model_codes_outside_of_its_graphs():
+    """A LexicoCache is never inside: the graph breaks in every layer, and the rest is compiled."""
+    ids, mask = prompt(2, sum(STEPS), (0, 17))
+    cache = lexico_cache("llama")
+    forward = torch.compile(model("llama"), backend="eager", dynamic=False)
+    logits = run(forward, cache, ids, mask)
+    eager = run(model("llama"), lexico_cache("llama"), ids, mask)
+    assert relative_l2(real(logits, mask), real(eager, mask)) < 1e-4
+    assert stored_lens(cache) == [sum(STEPS), sum(STEPS) - 17]
+    assert cache.layers[0].store.codes.num_tokens == 66
     assert kvcore.hf.fallback_reasons() == {}
 
 

@@ -1,6 +1,7 @@
 """Caches that are copied to continue one prompt in several ways, and models in inference mode."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import hf_models
 import kvcore.hf
-from hf_models import NAMES, model, prompt, stepwise_logits
+from hf_models import NAMES, each_cache, lexico_cache, model, prompt, stepwise_logits
 from kvcore.cache import TurboCache
 
 TOKENS = 260
@@ -22,6 +23,10 @@ def enabled():
     yield
     for name in NAMES:
         kvcore.hf.disable(model(name))
+
+
+def default_cache(name, **arguments):
+    return TurboCache(hf_models.config(name), **arguments)
 
 
 def continue_from(cache, ids, mask, begin):
@@ -41,10 +46,14 @@ def pickled(cache):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
-@pytest.mark.parametrize("max_cache_len", [None, 320])
-def test_copies_continue_alike_and_apart(copied, max_cache_len):
+@pytest.mark.parametrize(
+    "make_cache",
+    [default_cache, functools.partial(default_cache, max_cache_len=320), lexico_cache],
+    ids=["dynamic", "static", "lexico"],
+)
+def test_copies_continue_alike_and_apart(copied, make_cache):
     ids, mask = prompt(2, TOKENS, (0, 10))
-    cache = TurboCache(hf_models.config("llama"), max_cache_len=max_cache_len)
+    cache = make_cache("llama")
     # Past the first page that fills step by step: the block table has spare columns by then.
     stepwise_logits("llama", cache, ids[:, :140], mask, [100, *[1] * 40])
     twin, untouched = copied(cache), copied(cache)
@@ -63,18 +72,19 @@ def read(cache):
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
+@pytest.mark.parametrize("make_cache", [default_cache, lexico_cache], ids=["turbo", "lexico"])
 @pytest.mark.parametrize("name", NAMES)
-def test_inference_mode(name):
+def test_inference_mode(name, make_cache):
     ids, mask = prompt(2, TOKENS, (0, 10))
     steps = [100, 30, *[1] * 10, 120]
-    expected = stepwise_logits(name, TurboCache(hf_models.config(name)), ids, mask, steps)
+    expected = stepwise_logits(name, make_cache(name), ids, mask, steps)
     with torch.inference_mode():
-        cache = TurboCache(hf_models.config(name))
+        cache = make_cache(name)
         assert torch.equal(stepwise_logits(name, cache, ids, mask, steps), expected)
         generated = model(name).generate(
             ids[:, :100],
             attention_mask=mask[:, :100],
-            past_key_values=TurboCache(hf_models.config(name)),
+            past_key_values=make_cache(name),
             max_new_tokens=70,
             do_sample=False,
         )
@@ -82,11 +92,12 @@ def test_inference_mode(name):
     assert kvcore.hf.fallback_reasons() == {}
 
 
-def test_a_mask_that_changes_in_inference_mode_is_looked_at_again():
+@each_cache
+def test_a_mask_that_changes_in_inference_mode_is_looked_at_again(make_cache):
     """Such tensors do not count their changes, so an answer about one holds for one pass."""
     ids, _ = prompt(1, 141)
     with torch.inference_mode():
-        cache = TurboCache(hf_models.config("llama"), k_bits=8, v_bits=8)
+        cache = make_cache("llama")
         model("llama")(ids[:, :140], past_key_values=cache)
         mask = torch.ones(1, 1, 1, 141, dtype=torch.bool)
         for hidden in (0, 20):

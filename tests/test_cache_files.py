@@ -1,14 +1,15 @@
 """TurboCache.save and load: what was saved comes back, to the bit."""
 
+import functools
+
 import pytest
 import torch
 from transformers import MistralConfig
 
 import hf_models
-import kvcore.hf
-from cache_files import filled, load
+from cache_files import check_decoding_continues, filled, load
 from cache_tools import FailingAllocation, random_kv
-from hf_models import NAMES, model, prompt
+from hf_models import NAMES
 from kvcore.cache import TurboCache
 
 
@@ -16,25 +17,12 @@ from kvcore.cache import TurboCache
 @pytest.mark.parametrize("tokens", [40, 150])
 @pytest.mark.parametrize("name", NAMES)
 def test_decoding_continues_bitwise(tmp_path, name, tokens, static):
-    net = kvcore.hf.enable(model(name))
-    ids, mask = prompt(3, tokens + 70, (0, 9, 33))
     arguments = {"low_bit_heads": 0.5, "k_bits": [8, 4], "v_bits": 2}
     arguments |= {"max_cache_len": 300} if static else {}
     cache = TurboCache(hf_models.config(name), **arguments)
-    steps = [(0, tokens), *((t, t + 1) for t in range(tokens, tokens + 70))]
-
-    def step(cache, begin, end):
-        return net(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache).logits
-
-    with torch.no_grad():
-        for begin, end in steps[:30]:
-            step(cache, begin, end)
-        cache.save(tmp_path / "cache")
-        other = load(tmp_path / "cache", name, max_cache_len=arguments.get("max_cache_len"))
-        assert type(other.turbo_layers()[0]) is type(cache.turbo_layers()[0])
-        for begin, end in steps[30:]:
-            assert torch.equal(step(cache, begin, end), step(other, begin, end))
-    kvcore.hf.disable(net)
+    again = functools.partial(load, max_cache_len=arguments.get("max_cache_len"))
+    other = check_decoding_continues(tmp_path / "cache", name, tokens, cache, again)
+    assert type(other.turbo_layers()[0]) is type(cache.turbo_layers()[0])
     assert other.memory_report()["clamped"] == cache.memory_report()["clamped"]
 
 

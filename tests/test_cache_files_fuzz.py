@@ -8,15 +8,17 @@ import random
 import pytest
 import torch
 
-from cache_files import SAVED, load, rewrite, save_all
+from cache_files import FAMILIES, model_of, rewrite
 from kvcore.cache import CacheFileError
 
 SHORT_MUTATIONS, LONG_MUTATIONS, MUTATIONS_PER_TEST = 300, 10_000, 500
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return save_all(tmp_path_factory.mktemp("saved"))
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def saved(request, tmp_path_factory):
+    """The files, how they are loaded, and their names."""
+    save_all, load, names = FAMILIES[request.param]
+    return save_all(tmp_path_factory.mktemp("saved")), load, names
 
 
 def mutate(content, rng):
@@ -38,8 +40,9 @@ def mutate(content, rng):
     return bytes(content)
 
 
-def fuzz_bytes(folder, path, seeds):
-    contents = {name: (folder / name).read_bytes() for name in (*SAVED, "exact")}
+def fuzz_bytes(saved, path, seeds):
+    folder, load, names = saved
+    contents = {name: (folder / name).read_bytes() for name in names}
     for seed in seeds:
         rng = random.Random(seed)
         name = rng.choice(sorted(contents))
@@ -48,7 +51,7 @@ def fuzz_bytes(folder, path, seeds):
         if content == contents[name]:
             continue
         with pytest.raises(CacheFileError):
-            load(path, "llama" if name == "exact" else name)
+            load(path, model_of(name))
 
 
 def random_json(rng, depth=0):
@@ -59,11 +62,12 @@ def random_json(rng, depth=0):
     return items if kind == 6 else {str(i): item for i, item in enumerate(items)}
 
 
-def fuzz_content(folder, path, seeds):
+def fuzz_content(saved, path, seeds):
     """Changed facts and values under a digest that is right: refused, or a cache that works."""
+    folder, load, names = saved
     for seed in seeds:
         rng = random.Random(seed)
-        name = rng.choice([*SAVED, "exact"])
+        name = rng.choice(names)
 
         def change(metadata, parts, tensors, rng=rng):
             for _ in range(rng.choice([1, 1, 2])):
@@ -83,10 +87,10 @@ def fuzz_content(folder, path, seeds):
 
         rewrite(folder / name, path, change)
         try:
-            cache = load(path, "llama" if name == "exact" else name)
+            cache = load(path, model_of(name))
         except ValueError:
             continue
-        for layer in cache.turbo_layers():
+        for layer in cache.compressed_layers():
             if layer.keys is not None:
                 assert layer.keys.clone().shape[2] == int(layer.get_seq_length())
                 batch, dtype = layer.batch_size, layer.dtype

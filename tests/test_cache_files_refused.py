@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import hf_models
-from cache_files import load, rewrite, save_all
+from cache_files import drop, load, put, rewrite, row, save_all, text, value
 from hf_models import needs_hybrids
 from kvcore.cache import CacheFileError, TurboCache
 
@@ -56,35 +56,6 @@ def test_capacity_is_the_callers(saved):
         load(saved / "llama", max_cache_len=208)
     with pytest.raises(ValueError, match="holds nothing exactly"):
         load(saved / "exact", max_cache_len=300)
-
-
-def row(i, **values):
-    return lambda metadata, parts, tensors: parts["layers"][i].update(values)
-
-
-def value(name, change):
-    def go(metadata, parts, tensors):
-        tensors[name] = change(tensors[name])
-
-    return go
-
-
-def put(name, index, item):
-    def go(metadata, parts, tensors):
-        tensors[name][index] = item
-
-    return go
-
-
-def text(name, content):
-    def go(metadata, parts, tensors):
-        metadata[name], parts[name] = content, None
-
-    return go
-
-
-def drop(name):
-    return lambda metadata, parts, tensors: tensors.pop(name)
 
 
 def duplicate(metadata, parts, tensors):

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import kvcore.hf
-from cache_tools import FailingAllocation, random_kv, turbo_layer
+from cache_tools import FailingAllocation, each_fine_layer, each_layer, random_kv
 from compare import relative_l2
-from kvcore.cache import TurboLayer, TurboSettings
+from kvcore.cache import TurboSettings
+from kvcore.cache.layer import CompressedLayer
 from kvcore.cache.padding import PaddingTracker
 from kvcore.cache.report import report
 from kvcore.cache.static_layer import StaticTurboLayer
@@ -27,7 +28,7 @@ def mask(tokens):
     return (torch.arange(tokens) >= torch.tensor(PADDING)[:, None]).long()
 
 
-def padded(layer: TurboLayer, tokens=100, seed=0) -> TurboLayer:
+def padded(layer: CompressedLayer, tokens=100, seed=0) -> CompressedLayer:
     """The layer after a prompt whose sequences begin with padding."""
     layer.tracker.announce(mask(tokens), native=True)
     layer.update(*random_kv(torch.Generator().manual_seed(seed), 3, tokens))
@@ -43,9 +44,10 @@ class Module(torch.nn.Module):
     num_key_value_groups = 2
 
 
+@each_layer
 @pytest.mark.parametrize("tokens", [40, 100])
-def test_padding_is_no_element(tokens):
-    layer = turbo_layer()
+def test_padding_is_no_element(make_layer, tokens):
+    layer = make_layer()
     layer.tracker.announce(mask(tokens), native=True)
     layer.update(*random_kv(torch.Generator().manual_seed(0), 3, tokens))
     found = report([layer])
@@ -77,9 +79,10 @@ def test_a_first_update_of_fixed_capacity_fails_as_a_whole():
     assert fails_at > 10
 
 
-def test_a_padded_store_without_a_mask_falls_back():
+@each_fine_layer
+def test_a_padded_store_without_a_mask_falls_back(make_layer):
     """No mask shows every token; what the padding was, the store does not have: it reads as 0."""
-    layer = padded(turbo_layer(k_bits=8, v_bits=8))
+    layer = padded(make_layer())
     generator = torch.Generator().manual_seed(1)
     keys, values = layer.update(*random_kv(generator, 3, 1))
     query = torch.randn(3, 4, 1, 64, generator=generator)
@@ -90,12 +93,13 @@ def test_a_padded_store_without_a_mask_falls_back():
     assert kvcore.hf.fallback_reasons() == {"no mask": 1}
 
 
+@each_fine_layer
 @pytest.mark.parametrize("lazy", [True, False])
-def test_values_of_another_cache_are_read(lazy):
+def test_values_of_another_cache_are_read(make_layer, lazy):
     generator = torch.Generator().manual_seed(1)
     views = []
     for seed in range(2):
-        layer = turbo_layer(k_bits=8, v_bits=8)
+        layer = make_layer()
         layer.update(*random_kv(torch.Generator().manual_seed(seed), 2, 100))
         views.append(layer.update(*random_kv(generator, 2, 1)))
     keys, values = views[0][0], views[1][1]

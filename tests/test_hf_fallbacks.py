@@ -7,16 +7,17 @@ import pytest
 import torch
 
 import kvcore.hf
-from cache_tools import random_kv, turbo_layer
+from cache_tools import each_fine_layer, random_kv
 from compare import relative_l2
 from hf_models import (
     check_logits,
+    each_cache,
     full_logits,
     model,
     prompt,
     real,
     stepwise_logits,
-    turbo_cache,
+    stored_lens,
 )
 from kvcore.cache.view import LazyKV
 from kvcore.hf.attention import exact_attention, kvcore_attention
@@ -24,30 +25,33 @@ from kvcore.hf.attention import exact_attention, kvcore_attention
 pytestmark = pytest.mark.usefixtures("restored_models")
 
 
-def test_a_mask_with_holes_falls_back():
+@each_cache
+def test_a_mask_with_holes_falls_back(make_cache):
     name = "llama"
     kvcore.hf.enable(model(name))
     ids, mask = prompt(3, 130, (0, 5, 9))
     mask[0, 50] = 0
-    cache = turbo_cache(name)
+    cache = make_cache(name)
     with pytest.warns(RuntimeWarning, match="mask: it hides more"):
         logits = stepwise_logits(name, cache, ids, mask, [100, 1, 1, 28])
     check_logits(name, logits, ids, mask)
     assert kvcore.hf.fallback_reasons() == {"mask": 3 * 2}
 
 
-def test_right_padding_falls_back():
+@each_cache
+def test_right_padding_falls_back(make_cache):
     name = "qwen3"
     kvcore.hf.enable(model(name))
     ids, mask = prompt(2, 130)
     mask[1, 70:100] = 0
-    cache = turbo_cache(name)
+    cache = make_cache(name)
     with pytest.warns(RuntimeWarning, match="mask"):
         logits = stepwise_logits(name, cache, ids, mask, [100, 1, 29])
     check_logits(name, logits, ids, mask)
 
 
-def test_a_mask_of_4_dimensions():
+@each_cache
+def test_a_mask_of_4_dimensions(make_cache):
     """Additive, boolean, with and without more than causality."""
     name = "llama"
     net = kvcore.hf.enable(model(name))
@@ -56,7 +60,7 @@ def test_a_mask_of_4_dimensions():
     additive = torch.zeros(shown.shape).masked_fill(~shown, torch.finfo(torch.float32).min)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     for form in (shown, additive):
-        cache = turbo_cache(name)
+        cache = make_cache(name)
         with torch.no_grad():
             for begin, end in ((0, 100), (100, 101), (101, 120)):
                 logits = net(
@@ -68,20 +72,21 @@ def test_a_mask_of_4_dimensions():
                 full = net(ids, attention_mask=shown, position_ids=positions).logits
                 now = mask[:, begin:end]
                 assert relative_l2(real(logits, now), real(full[:, begin:end], now)) < 0.015
-        assert cache.layers[0].store.seq_lens.tolist() == [120, 100]
+        assert stored_lens(cache) == [120, 100]
     assert kvcore.hf.fallback_reasons() == {}
 
 
-def test_a_banded_mask_falls_back():
+@each_cache
+def test_a_banded_mask_falls_back(make_cache):
     """A query sees its last 30 tokens: what it hides is not padding."""
     name = "llama"
     net = kvcore.hf.enable(model(name))
     ids, _ = prompt(2, 120)
     banded = torch.ones(2, 1, 120, 120, dtype=torch.bool).tril().triu(-30)
-    cache = turbo_cache(name)
+    cache = make_cache(name)
     with torch.no_grad():
         net(ids[:, :100], attention_mask=banded[:, :, :100, :100], past_key_values=cache)
-        assert cache.layers[0].store.seq_lens.tolist() == [100, 100]
+        assert stored_lens(cache) == [100, 100]
         with pytest.warns(RuntimeWarning, match="mask"):
             out = net(ids[:, 100:], attention_mask=banded[:, :, 100:], past_key_values=cache)
         full = net(ids, attention_mask=banded).logits
@@ -93,9 +98,9 @@ class Module(torch.nn.Module):
     num_key_value_groups = 2
 
 
-def attention_case(q_len=1):
+def attention_case(make_layer, q_len=1):
     generator = torch.Generator().manual_seed(5)
-    layer = turbo_layer(k_bits=8, v_bits=8)
+    layer = make_layer()
     layer.update(*random_kv(generator, 2, 100))
     keys, values = layer.update(*random_kv(generator, 2, q_len))
     query = torch.randn(2, 4, q_len, 64, generator=generator)
@@ -112,9 +117,10 @@ SPECIAL = {
 }
 
 
+@each_fine_layer
 @pytest.mark.parametrize("reason", SPECIAL)
-def test_features_without_kernels_fall_back(reason):
-    _, query, keys, values = attention_case(3)
+def test_features_without_kernels_fall_back(make_layer, reason):
+    _, query, keys, values = attention_case(make_layer, 3)
     module = Module().eval()
     with pytest.warns(RuntimeWarning, match=reason):
         out, weights = kvcore_attention(module, query, keys, values, None, **SPECIAL[reason])
@@ -136,8 +142,9 @@ def test_features_without_kernels_fall_back(reason):
         assert relative_l2(out, expected) < 1e-5
 
 
-def test_queries_that_need_gradients_fall_back():
-    _, query, keys, values = attention_case()
+@each_fine_layer
+def test_queries_that_need_gradients_fall_back(make_layer):
+    _, query, keys, values = attention_case(make_layer)
     query.requires_grad_()
     with pytest.warns(RuntimeWarning, match="gradients"):
         out, _ = kvcore_attention(Module(), query, keys, values, None)
@@ -148,8 +155,9 @@ def test_queries_that_need_gradients_fall_back():
     assert kvcore.hf.fallback_reasons() == {"gradients": 1}
 
 
-def test_keys_of_an_older_state_fall_back():
-    layer, query, keys, values = attention_case()
+@each_fine_layer
+def test_keys_of_an_older_state_fall_back(make_layer):
+    layer, query, keys, values = attention_case(make_layer)
     old = (keys.clone(), values.clone())
     layer.update(*random_kv(torch.Generator().manual_seed(6), 2, 3))
     with pytest.warns(RuntimeWarning, match="foreign keys"):
@@ -158,8 +166,9 @@ def test_keys_of_an_older_state_fall_back():
     assert relative_l2(out, expected) < 1e-5
 
 
-def test_warnings_come_once():
-    _, query, keys, values = attention_case()
+@each_fine_layer
+def test_warnings_come_once(make_layer):
+    _, query, keys, values = attention_case(make_layer)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
@@ -168,12 +177,13 @@ def test_warnings_come_once():
     assert kvcore.hf.fallback_reasons() == {"softcap": 3}
 
 
+@each_cache
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_training_over_a_cache(name):
+def test_training_over_a_cache(make_cache, name):
     """Gradients reach the tokens of the call, and the loss is that of exact attention."""
     net = kvcore.hf.enable(model(name))
     ids, mask = prompt(1, 110)
-    cache = turbo_cache(name)
+    cache = make_cache(name)
     stepwise_logits(name, cache, ids[:, :100], mask, [100])
     with pytest.warns(RuntimeWarning, match="gradients"):
         out = net(ids[:, 100:], attention_mask=mask, past_key_values=cache, labels=ids[:, 100:])
@@ -185,12 +195,13 @@ def test_training_over_a_cache(name):
     check_logits(name, out.logits.detach(), ids, mask, begin=100)
 
 
+@each_cache
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(dtype):
+def test_half_precision(make_cache, dtype):
     name = "qwen3"
     net = kvcore.hf.enable(copy.deepcopy(model(name)).to(dtype))
     ids, mask = prompt(2, 130, (0, 30))
-    cache = turbo_cache(name)
+    cache = make_cache(name)
     with torch.no_grad():
         net(ids[:, :100], attention_mask=mask[:, :100], past_key_values=cache)
         logits = net(ids[:, 100:], attention_mask=mask, past_key_values=cache).logits

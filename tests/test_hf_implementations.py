@@ -1,35 +1,48 @@
 """Attention functions and layers that are not kvcore's: right, and named where they cost memory."""
 
+import functools
+
 import pytest
 import torch
 from transformers import FalconH1Config
 
-import hf_models
 import kvcore.hf
-from cache_tools import random_kv, turbo_layer
+from cache_tools import each_layer, random_kv
 from compare import relative_l2
-from hf_models import full_logits, model, needs_hybrids, prompt, real, stepwise_logits
+from hf_models import (
+    full_logits,
+    lexico_cache,
+    model,
+    needs_hybrids,
+    prompt,
+    real,
+    stepwise_logits,
+    turbo_cache,
+)
 from kvcore.cache import TurboCache
 from kvcore.cache.view import LazyKV
 
 pytestmark = pytest.mark.usefixtures("restored_models")
 
 
-def check(implementation, ids, mask, steps, max_cache_len=None):
+def check(implementation, ids, mask, steps, make_cache=turbo_cache):
     net = kvcore.hf.enable(model("llama"))
     net.set_attn_implementation(implementation)
-    config = hf_models.config("llama")
-    cache = TurboCache(config, k_bits=8, v_bits=8, max_cache_len=max_cache_len)
+    cache = make_cache("llama")
     logits = stepwise_logits("llama", cache, ids, mask, steps)
     assert relative_l2(real(logits, mask), real(full_logits("llama", ids, mask), mask)) < 0.015
     assert kvcore.hf.fallback_reasons() == {}
 
 
-@pytest.mark.parametrize("max_cache_len", [None, 192])
+@pytest.mark.parametrize(
+    "make_cache",
+    [turbo_cache, functools.partial(turbo_cache, max_cache_len=192), lexico_cache],
+    ids=["dynamic", "static", "lexico"],
+)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_an_enabled_model_may_attend_with_another_function(implementation, max_cache_len):
+def test_an_enabled_model_may_attend_with_another_function(implementation, make_cache):
     ids, mask = prompt(2, 130, (0, 17))
-    check(implementation, ids, mask, [100, 1, 29], max_cache_len)
+    check(implementation, ids, mask, [100, 1, 29], make_cache)
 
 
 @pytest.mark.slow
@@ -42,9 +55,10 @@ def test_an_enabled_model_may_attend_with_flex_attention():
     check("flex_attention", ids, mask, [100, 1, 1, 1])
 
 
-def test_what_nobody_reads_is_not_rebuilt(generator):
+@each_layer
+def test_what_nobody_reads_is_not_rebuilt(make_layer, generator):
     """Plain tensors are for models that said that they read them."""
-    layer = turbo_layer()
+    layer = make_layer()
     for native, kind in ((None, LazyKV), (True, LazyKV), (False, torch.Tensor)):
         layer.update(*random_kv(generator, 1, 64))
         layer.tracker.native = native
@@ -66,9 +80,10 @@ def test_layers_that_cannot_be_compressed_are_named():
     assert kvcore.hf.fallback_reasons() == {"unsupported layer": 2}
 
 
+@each_layer
 @pytest.mark.parametrize("tokens", [20, 100])
-def test_gradients_that_end_at_the_cache_are_said(generator, tokens):
-    layer = turbo_layer()
+def test_gradients_that_end_at_the_cache_are_said(make_layer, generator, tokens):
+    layer = make_layer()
     k, v = random_kv(generator, 1, tokens)
     layer.update(k.requires_grad_(), v)
     assert kvcore.hf.fallback_reasons() == {}

@@ -1,4 +1,4 @@
-"""Hugging Face caches that keep K and V quantized. transformers is imported on first use."""
+"""Hugging Face caches that keep K and V compressed. transformers is imported on first use."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvcore import ops
+from kvcore.cache.dictionaries import Pair
 
 
 class AdaptiveCodes(NamedTuple):
@@ -22,6 +23,24 @@ class AdaptiveCodes(NamedTuple):
     scale: Tensor
     residual: Tensor
     atoms: int
+
+
+class SessionPair(NamedTuple):
+    """K's and V's dictionary of one store: a copy of the model's, and room for more atoms.
+
+    How many of the rows are atoms is known to the codes that use them.
+    """
+
+    k: Tensor
+    v: Tensor
+
+    @classmethod
+    def of(cls, pair: Pair, rooms: tuple[int, int]) -> SessionPair:
+        grown = []
+        for dictionary, room in zip(pair, rooms, strict=True):
+            more = dictionary.new_zeros((room, dictionary.shape[1]))
+            grown.append(torch.cat([dictionary, more]) if room else dictionary)
+        return cls(*grown)
 
 
 def encode_adaptive(

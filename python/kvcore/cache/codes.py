@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kvcore import ops
+from kvcore.cache.adaptive import SessionPair, encode_adaptive
 from kvcore.cache.dictionaries import Pair
-from kvcore.cache.exact import ordinary_tensors
 from kvcore.cache.lexico_settings import (
     BLOCK_TILES,
     BLOCK_TOKENS,
@@ -18,6 +18,7 @@ from kvcore.cache.lexico_settings import (
     LexicoSettings,
     tile_bytes,
 )
+from kvcore.cache.tensors import ordinary_tensors
 
 # csrc/lexico/cpu/encode.cpp.
 _MAX_GRAM_ATOMS = 8192
@@ -49,10 +50,16 @@ class Codes:
     v_tail: Tensor
     tail_lens: Tensor  # int32 [batch]
     tail_len: int  # that of every sequence
+    atoms: tuple[int, int]  # rows of K's and V's dictionary that are atoms
 
     @classmethod
     def empty(
-        cls, batch: int, kv_heads: int, settings: LexicoSettings, device: torch.device
+        cls,
+        batch: int,
+        kv_heads: int,
+        settings: LexicoSettings,
+        device: torch.device,
+        atoms: tuple[int, int],
     ) -> Codes:
         widths = (settings.k_sparsity, settings.v_sparsity)
         with ordinary_tensors(), device:
@@ -61,13 +68,13 @@ class Codes:
                 for width in widths
             ]
             lens = torch.zeros(batch, dtype=torch.int32)
-        return cls(settings, (), *tails, lens, 0)
+        return cls(settings, (), *tails, lens, 0, atoms)
 
     @property
     def num_tokens(self) -> int:
         return len(self.blocks) * BLOCK_TOKENS + self.tail_len
 
-    def extended(self, k: Tensor, v: Tensor, pair: Pair) -> Codes:
+    def extended(self, k: Tensor, v: Tensor, pair: Pair | SessionPair) -> Codes:
         """These codes and those of more tokens.
 
         Args:
@@ -83,25 +90,28 @@ class Codes:
                 begin = end
         return codes
 
-    def _appended(self, k: Tensor, v: Tensor, pair: Pair) -> Codes:
+    def _appended(self, k: Tensor, v: Tensor, pair: Pair | SessionPair) -> Codes:
         """With tokens for which a tail has room; a tail that they fill becomes a block."""
         settings = self.settings
         tail_len = self.tail_len + k.shape[2]
-        coded = [
-            *_encode(k, pair.k, settings.k_sparsity, settings.k_tolerance),
-            *_encode(v, pair.v, settings.v_sparsity, settings.v_tolerance),
-        ]
+        k_coded, k_atoms = _encode(
+            k, pair.k, self.atoms[0], settings.k_sparsity, settings.k_tolerance
+        )
+        v_coded, v_atoms = _encode(
+            v, pair.v, self.atoms[1], settings.v_sparsity, settings.v_tolerance
+        )
+        atoms = k_atoms, v_atoms
         tails = [_widened(tail, tail_len) for tail in (self.k_tail, self.v_tail)]
         tail_lens = self.tail_lens.clone()
-        ops.lexico_append(*coded, *tails, tail_lens)
+        ops.lexico_append(*k_coded, *v_coded, *tails, tail_lens)
         if tail_len < BLOCK_TOKENS:
-            return Codes(settings, self.blocks, *tails, tail_lens, tail_len)
+            return Codes(settings, self.blocks, *tails, tail_lens, tail_len, atoms)
         rows = tuple(range(len(tail_lens)))
         block = Block(*ops.lexico_seal(*tails, v_atoms=pair.v.shape[0]), rows)
-        empty = Codes.empty(len(rows), k.shape[1], settings, k.device)
+        empty = Codes.empty(len(rows), k.shape[1], settings, k.device, atoms)
         return dataclasses.replace(empty, blocks=(*self.blocks, block))
 
-    def cut(self, num_tokens: int, pair: Pair) -> Codes:
+    def cut(self, num_tokens: int, pair: Pair | SessionPair) -> Codes:
         """The codes of the first tokens; those of a block that is cut come back into tails."""
         if num_tokens == self.num_tokens:
             return self
@@ -114,7 +124,7 @@ class Codes:
                 else:
                     tails = [tail[:, :, :0].clone() for tail in tails]
             lens = torch.full_like(self.tail_lens, tail_len)
-        return Codes(self.settings, self.blocks[:num_blocks], *tails, lens, tail_len)
+        return Codes(self.settings, self.blocks[:num_blocks], *tails, lens, tail_len, self.atoms)
 
     def selected(self, indices: list[int]) -> Codes:
         """Those of the sequences ``indices``, in that order."""
@@ -128,15 +138,15 @@ class Codes:
                 blocks.append(block)
             held = (self.k_tail, self.v_tail, self.tail_lens)
             held = [tensor.index_select(0, index) for tensor in held]
-        return Codes(self.settings, tuple(blocks), *held, self.tail_len)
+        return Codes(self.settings, tuple(blocks), *held, self.tail_len, self.atoms)
 
     def to(self, device: torch.device) -> Codes:
         with ordinary_tensors():
             blocks = tuple(Block(b.k.to(device), b.v.to(device), b.rows) for b in self.blocks)
             held = [x.to(device) for x in (self.k_tail, self.v_tail, self.tail_lens)]
-        return Codes(self.settings, blocks, *held, self.tail_len)
+        return Codes(self.settings, blocks, *held, self.tail_len, self.atoms)
 
-    def reconstruct(self, pair: Pair, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def reconstruct(self, pair: Pair | SessionPair, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """K and V ``[batch, kv_heads, num_tokens, head_dim]``."""
         parts: tuple[list, list] = ([], [])
         tails = [(self._unsealed(block, pair), BLOCK_TOKENS) for block in self.blocks]
@@ -148,7 +158,7 @@ class Codes:
         k, v = (held[0] if len(held) == 1 else torch.cat(held, 2) for held in parts)
         return k, v
 
-    def _unsealed(self, block: Block, pair: Pair) -> tuple[Tensor, Tensor]:
+    def _unsealed(self, block: Block, pair: Pair | SessionPair) -> tuple[Tensor, Tensor]:
         return ops.lexico_unseal(
             block.k,
             block.v,
@@ -166,9 +176,13 @@ class Codes:
 
 
 def _encode(
-    x: Tensor, dictionary: Tensor, sparsity: int, tolerance: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return ops.lexico_encode(x, dictionary, sparsity=sparsity, tolerance=tolerance)[:3]
+    x: Tensor, dictionary: Tensor, atoms: int, sparsity: int, tolerance: float
+) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
+    """Codes over the first rows of a dictionary, and how many rows are atoms then."""
+    if atoms == len(dictionary):
+        return ops.lexico_encode(x, dictionary, sparsity=sparsity, tolerance=tolerance)[:3], atoms
+    codes = encode_adaptive(x, dictionary, atoms, sparsity=sparsity, tolerance=tolerance)
+    return codes[:3], codes.atoms
 
 
 def _widened(tail: Tensor, num_tokens: int) -> Tensor:
@@ -185,7 +199,7 @@ def _widened(tail: Tensor, num_tokens: int) -> Tensor:
     return wider
 
 
-def encoder_workspace(settings: LexicoSettings, pair: Pair, num_vectors: int) -> int:
+def encoder_workspace(settings: LexicoSettings, pair: Pair | SessionPair, num_vectors: int) -> int:
     """Bytes that coding so many vectors of K and of V takes while it runs.
 
     The codes before they are stored, a copy of a dictionary in the order of the search, and, if

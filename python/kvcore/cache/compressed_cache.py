@@ -13,6 +13,7 @@ from kvcore.cache import linear, reasons, report, serialize
 from kvcore.cache.layer import CompressedLayer
 from kvcore.cache.model_facts import is_plain_attention, model_facts
 from kvcore.cache.padding import PaddingTracker
+from kvcore.cache.safe_file import FileKind
 
 
 class CompressedCache(DynamicCache):
@@ -81,6 +82,21 @@ class CompressedCache(DynamicCache):
             NotImplementedError: if the model has layers with no file format.
         """
         serialize.save(self, path)
+
+    # What a subclass says of its files.
+    file_kind: FileKind
+    settings_names: frozenset[str]
+
+    def file_settings(self) -> dict:
+        """The settings that a file states, JSON values by ``settings_names``."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_file(
+        cls, config: PretrainedConfig, settings: dict, rows: list[dict], **arguments: object
+    ) -> CompressedCache:
+        """An empty cache of a file's settings and of the facts of its layers, ``rows``."""
+        raise NotImplementedError
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sequence ``repeats`` times, in place of it."""

@@ -13,13 +13,12 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from kvcore.cache.checks import is_int
-from kvcore.cache.lexico_settings import MAX_SPARSITY
+from kvcore.cache.lexico_settings import MAX_ATOMS, MAX_SPARSITY
 from kvcore.cache.model_facts import attention_layers, head_dim_of, kv_heads_of, model_facts
 from kvcore.cache.safe_file import FileKind
 from kvcore.cache.settings import HEAD_DIMS
 
 # What the ops accept, csrc/lexico/layout.h.
-MAX_ATOMS = 32768
 NORM_TOLERANCE = 1e-4
 
 FILE_NAME = "dictionaries.safetensors"
@@ -103,7 +102,7 @@ class Dictionaries:
                 )
                 form = f"fp32 [atoms, {head_dim}] of 1 to {MAX_ATOMS} atoms"
                 _check(holds, field, form, f"{tensor.dtype} {list(tensor.shape)}")
-                _check(*_norms(tensor, field))
+                _check(*norms(tensor, field))
         _check(*_sparsity(sparsity, held))
         _check(isinstance(model_id, str), "model_id", "a str", repr(model_id))
         _check(_is_sha256(text_sha256), "text_sha256", _SHA256, repr(text_sha256))
@@ -242,7 +241,7 @@ class Dictionaries:
         }
         FILE.check_forms(tensors, forms)
         for name, tensor in tensors.items():
-            holds, field, expected, actual = _norms(tensor, name)
+            holds, field, expected, actual = norms(tensor, name)
             FILE.check(holds, field, expected, actual)
         pairs = {i: Pair(*(tensors[f"layers.{i}.{name}"] for name in "kv")) for i in layers}
         holds, field, expected, actual = _sparsity(facts["sparsity"], pairs)
@@ -272,7 +271,7 @@ def _is_sha256(value: object) -> bool:
     return set(value) <= set("0123456789abcdef")
 
 
-def _norms(atoms: Tensor, field: str) -> tuple[bool, str, str, str]:
+def norms(atoms: Tensor, field: str) -> tuple[bool, str, str, str]:
     """Arguments of a check that every atom has norm 1: matching pursuit takes it for 1."""
     off = (atoms.double().norm(dim=1) - 1).abs()
     # NaN is not below the bound either.

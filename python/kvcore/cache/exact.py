@@ -1,19 +1,16 @@
-"""Tokens that are not compressed, and how the tensors of caches are made."""
+"""Tokens that are not compressed, and which cannot be."""
 
 from __future__ import annotations
-
-import contextlib
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kvcore.cache import reasons
+from kvcore.cache.settings import HEAD_DIMS
+from kvcore.cache.tensors import ordinary_tensors
 
-@contextlib.contextmanager
-def ordinary_tensors():
-    """Tensors made here can be changed in place later, inside and outside inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class ExactTokens:
@@ -51,3 +48,22 @@ class ExactTokens:
 
     def to(self, device: torch.device) -> ExactTokens:
         return ExactTokens([tensor.to(device) for tensor in self.tensors], self.padding)
+
+
+def why_unsupported(
+    k_shape: tuple[int, ...], v_shape: tuple[int, ...], dtype: torch.dtype
+) -> str | None:
+    """Why K and V of this kind cannot be stored; None if they can."""
+    if k_shape != v_shape:
+        detail = f"K is {list(k_shape)} and V is {list(v_shape)} without tokens"
+        name = "different K and V"
+    elif k_shape[2] not in HEAD_DIMS:
+        detail = f"got {k_shape[2]}, supported are {', '.join(map(str, HEAD_DIMS))}"
+        name = "head_dim"
+    elif dtype not in _DTYPES:
+        detail = f"got {dtype}, supported are float32, float16 and bfloat16"
+        name = "dtype"
+    else:
+        return None
+    reasons.record(f"unsupported {name}", f"{detail}; the layer is cached exactly")
+    return name

@@ -35,11 +35,50 @@ class CacheFileError(ValueError):
 
 
 FILE = FileKind("cache file", CacheFileError, "kvcore-cache", "1", ("model", "settings", "layers"))
+# Tensors of tokens as they came, which have no mark for what is not finite.
+EXACT_TENSORS = ("keys", "values")
 check, check_names = FILE.check, FILE.check_names
 get_int, get_ints = FILE.get_int, FILE.get_ints
 
 
 # ---- the store of a quantized layer
+
+STORE_FACTS = frozenset(
+    {
+        "batch",
+        "kv_heads",
+        "head_dim",
+        "num_tokens",
+        "padding",
+        "k_bits",
+        "v_bits",
+        "blocks",
+        "calibrated",
+    }
+)
+
+
+def store_facts(store) -> dict:
+    """What :func:`store_sizes` checks, of any store."""
+    return {
+        "batch": store.batch,
+        "kv_heads": store.kv_heads,
+        "head_dim": store.head_dim,
+        "num_tokens": store.num_tokens,
+        "padding": store.padding.tolist(),
+    }
+
+
+def store_sizes(layer: dict, field: str) -> tuple[int, int, int, int, list[int]]:
+    """Checks batch, kv_heads, head_dim, num_tokens and padding of any store; returns them."""
+    batch = get_int(layer, "batch", field, 0, 1 << 24)
+    kv_heads = get_int(layer, "kv_heads", field, 1, 1 << 16)
+    head_dim = get_int(layer, "head_dim", field, 1)
+    check(head_dim in HEAD_DIMS, f"{field}.head_dim", f"one of {HEAD_DIMS}", head_dim)
+    num_tokens = get_int(layer, "num_tokens", field, 0)
+    padding = get_ints(layer, "padding", field, 0, num_tokens)
+    check(len(padding) == batch, f"{field}.padding", f"{batch} long", len(padding))
+    return batch, kv_heads, head_dim, num_tokens, padding
 
 
 def store_form(layer: dict, field: str) -> dict[str, tuple[torch.dtype, list[int]]]:
@@ -48,13 +87,7 @@ def store_form(layer: dict, field: str) -> dict[str, tuple[torch.dtype, list[int
     ``layer`` has batch, kv_heads, head_dim, num_tokens, padding, k_bits, v_bits (of each head),
     sink_pages, calibrated and blocks (how many of 8, 4 and 2 bits).
     """
-    batch = get_int(layer, "batch", field, 0, 1 << 24)
-    kv_heads = get_int(layer, "kv_heads", field, 1, 1 << 16)
-    head_dim = get_int(layer, "head_dim", field, 1)
-    check(head_dim in HEAD_DIMS, f"{field}.head_dim", f"one of {HEAD_DIMS}", head_dim)
-    num_tokens = get_int(layer, "num_tokens", field, 0)
-    padding = get_ints(layer, "padding", field, 0, num_tokens)
-    check(len(padding) == batch, f"{field}.padding", f"{batch} long", len(padding))
+    batch, kv_heads, head_dim, num_tokens, padding = store_sizes(layer, field)
     for name in ("k_bits", "v_bits"):
         bits = get_ints(layer, name, field, 2, 8)
         check(len(bits) == kv_heads, f"{field}.{name}", f"{kv_heads} long", len(bits))

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvcore.cache import compat, reasons
-from kvcore.cache.exact import ExactTokens
+from kvcore.cache.exact import ExactTokens, why_unsupported
+from kvcore.cache.layer_files import LayerFiles
 from kvcore.cache.padding import PaddingTracker
-from kvcore.cache.settings import HEAD_DIMS
+from kvcore.cache.tensors import storage_bytes
 from kvcore.cache.view import LazyKV, Snapshot
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-
-class CompressedLayer(CacheLayerMixin):
+class CompressedLayer(LayerFiles, CacheLayerMixin):
     """K and V of one layer in a store, grown token by token.
 
     A subclass says when the store begins (:meth:`_begin`) and how it takes tokens
@@ -175,7 +172,7 @@ class CompressedLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self._k_shape = (*key_states.shape[:2], key_states.shape[3])
         self._v_shape = (*value_states.shape[:2], value_states.shape[3])
-        self.unsupported = _unsupported(self._k_shape, self._v_shape, self.dtype)
+        self.unsupported = why_unsupported(self._k_shape, self._v_shape, self.dtype)
         self.is_initialized = True
 
     def update(
@@ -404,31 +401,6 @@ class CompressedLayer(CacheLayerMixin):
         row["tokens"] = self.store.lens().tolist()
         row["elements"] = 2 * sum(row["tokens"]) * self.store.kv_heads * self.store.head_dim
         return {**row, **self.store.report()}
-
-
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the memory behind tensors, each allocation once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
-    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
-
-
-def _unsupported(
-    k_shape: tuple[int, ...], v_shape: tuple[int, ...], dtype: torch.dtype
-) -> str | None:
-    """Why K and V of this kind cannot be stored; None if they can."""
-    if k_shape != v_shape:
-        detail = f"K is {list(k_shape)} and V is {list(v_shape)} without tokens"
-        name = "different K and V"
-    elif k_shape[2] not in HEAD_DIMS:
-        detail = f"got {k_shape[2]}, supported are {', '.join(map(str, HEAD_DIMS))}"
-        name = "head_dim"
-    elif dtype not in _DTYPES:
-        detail = f"got {dtype}, supported are float32, float16 and bfloat16"
-        name = "dtype"
-    else:
-        return None
-    reasons.record(f"unsupported {name}", f"{detail}; the layer is cached exactly")
-    return name
 
 
 def _needs_grad(k: Tensor, v: Tensor) -> bool:

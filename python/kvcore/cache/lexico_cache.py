@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+
+import torch
 from transformers import PretrainedConfig
 
+from kvcore.cache import lexico_files, serialize
 from kvcore.cache.compressed_cache import CompressedCache
 from kvcore.cache.dictionaries import Dictionaries
+from kvcore.cache.file_format import check
 from kvcore.cache.lexico_layer import LexicoLayer
 from kvcore.cache.lexico_settings import LexicoSettings
 
@@ -38,6 +44,10 @@ class LexicoCache(CompressedCache):
         v_tolerance: likewise for values.
         buffer_tokens: newest tokens that are not coded, at least (n_b of the paper).
         encode_tokens: tokens that are coded together while tokens come one by one (n_a).
+        adaptive_bytes: with a tolerance, a key or a value that no code comes so near to becomes an
+            atom of the cache's own dictionary, and its code one pair (section 3.4 of the paper).
+            So many bytes, 4 * head_dim an atom, each layer may add for K and as many for V; they
+            are taken at once, with a copy of the dictionary, and count among the cache's. 0: none.
 
     Raises:
         ValueError: naming the argument, or the fact in which the dictionaries are not the model's.
@@ -54,6 +64,7 @@ class LexicoCache(CompressedCache):
         v_tolerance: float = 0.0,
         buffer_tokens: int = 128,
         encode_tokens: int = 32,
+        adaptive_bytes: int = 0,
     ) -> None:
         super().__init__(config)
         if not isinstance(dictionaries, Dictionaries):
@@ -68,6 +79,7 @@ class LexicoCache(CompressedCache):
             v_tolerance=v_tolerance,
             buffer_tokens=buffer_tokens,
             encode_tokens=encode_tokens,
+            adaptive_bytes=adaptive_bytes,
         )
         limit = dictionaries.largest_sparsity()
         for name in ("k_sparsity", "v_sparsity"):
@@ -86,3 +98,55 @@ class LexicoCache(CompressedCache):
         all caches of a model share them, as its weights.
         """
         return {**super().memory_report(), "dictionary_bytes": self.dictionaries.nbytes()}
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        config: PretrainedConfig,
+        dictionaries: Dictionaries,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> LexicoCache:
+        """Reads a cache that :meth:`save` wrote; decoding continues bitwise as it would have.
+
+        The file is refused unless its format, its digest, every name, dtype, shape and value are
+        right, the facts of the model are those of ``config``, and its codes are over these very
+        dictionaries, which it does not hold. Which weights the model had, a cache cannot know.
+
+        Args:
+            path: the file.
+            config: the model's configuration.
+            dictionaries: those that the cache had.
+            device: where the model is.
+
+        Raises:
+            CacheFileError: a ValueError, naming the field.
+        """
+        return serialize.load(cls, path, config, torch.device(device), dictionaries=dictionaries)
+
+    file_kind = lexico_files.LEXICO_FILE
+    # The fingerprint of the dictionaries is among them.
+    settings_names = frozenset(
+        {field.name for field in dataclasses.fields(LexicoSettings)} | {"dictionaries"}
+    )
+
+    def file_settings(self) -> dict:
+        settings = dataclasses.asdict(self.settings)
+        return {**settings, "dictionaries": self.dictionaries.fingerprint()}
+
+    @classmethod
+    def from_file(
+        cls,
+        config: PretrainedConfig,
+        settings: dict,
+        rows: list[dict],
+        *,
+        dictionaries: Dictionaries,
+    ) -> LexicoCache:
+        arguments = dict(settings)
+        stated = arguments.pop("dictionaries")
+        cache = cls(config, dictionaries, **arguments)
+        found = dictionaries.fingerprint()
+        check(stated == found, "settings.dictionaries", f"{found}, that of those given", stated)
+        return cache

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from kvcore.cache import lexico_files
 from kvcore.cache.dictionaries import Dictionaries
 from kvcore.cache.layer import CompressedLayer
 from kvcore.cache.lexico_settings import LexicoSettings
@@ -38,7 +40,7 @@ class LexicoLayer(CompressedLayer):
     """
 
     title = "LexicoLayer"
-    store_kinds = ("blocks", "tail", "buffer")
+    store_kinds = ("blocks", "tail", "buffer", "session")
     settings: LexicoSettings
     store: LexicoStore | None
 
@@ -79,3 +81,31 @@ class LexicoLayer(CompressedLayer):
     def _snapshot(self) -> LexicoSnapshot:
         self.prefetch()
         return LexicoSnapshot(self, self.store.num_tokens, self.store.context())
+
+    # ---- files
+
+    file_kind = "lexico"
+    stored_state = "coded"
+    stored_facts = lexico_files.STORE_FACTS
+
+    def export_store(self) -> tuple[dict, dict[str, Tensor]] | None:
+        if self.store is None:
+            return None
+        given = self.dictionaries.atoms()[self.layer_idx]
+        return lexico_files.export_store(self.store, given)
+
+    def stored_form(self, row: dict, dtype: torch.dtype, field: str) -> dict[str, tuple]:
+        pair = self.dictionaries[self.layer_idx]
+        return lexico_files.store_form(row, self.settings, pair, dtype, field)
+
+    def check_stored(self, row: dict, tensors: dict[str, Tensor], field: str) -> None:
+        pair = self.dictionaries.pair(self.layer_idx, torch.device("cpu"))
+        lexico_files.check_store(row, tensors, self.settings, pair, field)
+
+    def restore_store(
+        self, row: dict, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._adopt_shape((row["batch"], row["kv_heads"], row["head_dim"]), dtype, device)
+        store = self._new_store(row["batch"], row["kv_heads"])
+        lexico_files.fill_store(store, row, tensors, device)
+        self.store = store

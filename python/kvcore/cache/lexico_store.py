@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from kvcore import ops
+from kvcore.cache.adaptive import SessionPair
 from kvcore.cache.calibration import left_padding_tensor
 from kvcore.cache.codes import Codes, encoder_workspace
 from kvcore.cache.dictionaries import Pair
-from kvcore.cache.exact import ordinary_tensors
 from kvcore.cache.lexico_settings import BLOCK_TOKENS, LexicoSettings
+from kvcore.cache.tensors import ordinary_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Context:
     codes: Codes
     buffer: Tensor  # [2, batch, kv_heads, tokens, head_dim], K and V
     left_padding: Tensor | None  # int32 [batch]
-    pair: Pair
+    pair: Pair | SessionPair
 
     def decode(self, q: Tensor, *, scale: float | None, causal: bool) -> Tensor:
         """Attention of ``q`` ``[batch, q_heads, q_len, head_dim]``, shape of q."""
@@ -38,7 +39,8 @@ class Context:
             codes.k_tail,
             codes.v_tail,
             codes.tail_lens,
-            self.pair.k,
+            self.pair.k[: codes.atoms[0]],
+            # Whole: blocks of V were sealed for all of its rows.
             self.pair.v,
             self.buffer[0],
             self.buffer[1],
@@ -74,7 +76,7 @@ class LexicoStore:
     def __init__(
         self,
         settings: LexicoSettings,
-        pair: Pair,
+        pair: Pair | SessionPair,
         codes: Codes,
         buffer: Tensor,
         buffer_len: int,
@@ -103,7 +105,7 @@ class LexicoStore:
     def empty(
         cls,
         settings: LexicoSettings,
-        pair: Pair,
+        pair: Pair | SessionPair,
         shape: tuple[int, int, int],
         dtype: torch.dtype,
         device: torch.device,
@@ -112,13 +114,16 @@ class LexicoStore:
 
         Args:
             settings: sparsity, tolerance and sizes.
-            pair: the dictionaries.
+            pair: the dictionaries of the model.
             shape: batch, kv_heads and head_dim.
             dtype: of K and V.
             device: of K, V and the dictionaries.
         """
-        codes = Codes.empty(*shape[:2], settings, device)
+        atoms = (len(pair.k), len(pair.v))
+        codes = Codes.empty(*shape[:2], settings, device, atoms)
+        rooms = settings.room(atoms, shape[2])
         with ordinary_tensors():
+            pair = SessionPair.of(pair, rooms) if any(rooms) else pair
             buffer = _new_buffer(settings, shape, dtype, device)
         return cls(settings, pair, codes, buffer, 0, np.zeros(shape[0], dtype=np.int64))
 
@@ -162,9 +167,9 @@ class LexicoStore:
         num_new, settings = k.shape[2], self.settings
         total = self.buffer_len + num_new
         with ordinary_tensors():
+            self._leave_inference_mode()
             if num_new > settings.encode_tokens and total > settings.capacity:
-                recent = self.buffer[:, :, :, : self.buffer_len]
-                recent = torch.cat([recent, torch.stack([k, v])], 3)
+                recent = self._with(k, v)
                 seen = Context(
                     self.codes, recent, left_padding_tensor(padding, k.device), self.pair
                 )
@@ -183,6 +188,25 @@ class LexicoStore:
                 buffer[1, :, :, buffer_len - num_new : buffer_len] = v
             self._adopt(codes, buffer, buffer_len, padding)
         return seen or self.context()
+
+    def _leave_inference_mode(self) -> None:
+        """A copy of the store that was made there has tensors that cannot be changed elsewhere."""
+        if self.buffer.is_inference():
+            buffer, pair = self.buffer.clone(), self.pair
+            if isinstance(pair, SessionPair):
+                pair = SessionPair(*(tensor.clone() for tensor in pair))
+            self.buffer, self.pair = buffer, pair
+
+    def _with(self, k: Tensor, v: Tensor) -> Tensor:
+        """The buffer's tokens and more of them, ``[2, batch, kv_heads, tokens, head_dim]``."""
+        before = self.buffer[:, :, :, : self.buffer_len]
+        shape = list(before.shape)
+        shape[3] += k.shape[2]
+        both = before.new_empty(shape)
+        both[:, :, :, : self.buffer_len] = before
+        both[0, :, :, self.buffer_len :] = k
+        both[1, :, :, self.buffer_len :] = v
+        return both
 
     def _coded(self, recent: Tensor, count: int, padding: np.ndarray) -> tuple[Codes, Tensor]:
         """The codes with ``count`` more tokens, the first of ``recent``, and a buffer of the rest.
@@ -209,6 +233,12 @@ class LexicoStore:
         k, v = self.context().dequantize()
         return k.to(dtype), v.to(dtype)
 
+    def restore(self, codes: Codes, recent: Tensor, padding: np.ndarray) -> None:
+        """Makes an empty store one of these codes and of these tokens behind them."""
+        with ordinary_tensors():
+            self.buffer[:, :, :, : recent.shape[3]] = recent
+        self._adopt(codes, self.buffer, recent.shape[3], padding)
+
     def rewind(self, num_tokens: int) -> None:
         """Drops the newest tokens, so that ``num_tokens`` stay (padding counted)."""
         padding = np.minimum(self.padding, num_tokens)
@@ -233,12 +263,17 @@ class LexicoStore:
         """What the memory report says of the store beside bytes and tokens."""
         vectors = self.batch * self.kv_heads * min(self._most_coded, BLOCK_TOKENS)
         workspace = encoder_workspace(self.settings, self.pair, vectors)
-        return {"coded_tokens": self.codes.num_tokens, "encoder_workspace": workspace}
+        return {
+            "coded_tokens": self.codes.num_tokens,
+            "encoder_workspace": workspace,
+            "atoms": list(self.codes.atoms),
+        }
 
     def tensors(self) -> dict[str, list[Tensor]]:
-        """Every tensor of the store but the dictionaries, by what it is for."""
+        """Every tensor of the store but the model's dictionaries, by what it is for."""
         lens = [] if self.left_padding is None else [self.left_padding]
-        return {**self.codes.tensors(), "buffer": [self.buffer, *lens]}
+        grown = list(self.pair) if isinstance(self.pair, SessionPair) else []
+        return {**self.codes.tensors(), "buffer": [self.buffer, *lens], "session": grown}
 
 
 def _new_buffer(

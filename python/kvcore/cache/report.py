@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kvcore.cache import linear
-from kvcore.cache.layer import CompressedLayer, storage_bytes
+from kvcore.cache.layer import CompressedLayer
+from kvcore.cache.tensors import storage_bytes
 
 
 def report(layers: Iterable[object]) -> dict:
@@ -19,8 +20,9 @@ def report(layers: Iterable[object]) -> dict:
         the bytes of ``exact`` tokens, and more that depends on the store. Turbo: ``pool`` (bytes by
         width; spare blocks under ``free``), ``tail``, ``table``, ``calibration``, ``k_bits`` and
         ``v_bits`` (per kv head), ``k_clamped`` and ``v_clamped``. Lexico: ``blocks``, ``tail``,
-        ``buffer``, ``coded_tokens`` and ``encoder_workspace``, the scratch memory of the largest
-        call of the encoder so far, gone when it returned and in none of the sums.
+        ``buffer``, ``session`` (dictionaries with room for atoms of their own), ``coded_tokens``,
+        ``atoms`` (of K and of V) and ``encoder_workspace``, the scratch memory of the largest call
+        of the encoder so far, gone when it returned and in none of the sums.
     """
     rows = [_layer(i, layer) for i, layer in enumerate(layers)]
     total = {

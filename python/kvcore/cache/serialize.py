@@ -1,8 +1,7 @@
-"""``TurboCache.save`` and ``TurboCache.load``."""
+"""``save`` and ``load`` of compressed caches."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 
 import numpy as np
@@ -11,11 +10,18 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from kvcore.cache import file_format, linear, store_files
-from kvcore.cache.file_format import FILE, CacheFileError, check, check_names, get_int, get_ints
+from kvcore.cache import file_format, linear
+from kvcore.cache.file_format import (
+    EXACT_TENSORS,
+    FILE,
+    CacheFileError,
+    check,
+    check_names,
+    get_int,
+    get_ints,
+)
+from kvcore.cache.layer import CompressedLayer
 from kvcore.cache.model_facts import model_facts
-from kvcore.cache.settings import TurboSettings
-from kvcore.cache.turbo_layer import TurboLayer
 
 _DTYPES = {
     "float64": torch.float64,
@@ -24,58 +30,55 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 _STATE_DTYPES = tuple(_DTYPES.values())
-_SETTINGS = {field.name for field in dataclasses.fields(TurboSettings)} - {"k_bits", "v_bits"}
 
 
 def save(cache, path: str | os.PathLike) -> None:
-    """See :meth:`kvcore.cache.TurboCache.save`."""
+    """See :meth:`kvcore.cache.compressed_cache.CompressedCache.save`."""
+    op = f"{type(cache).__name__}.save"
     rows, tensors = [], {}
     for i, layer in enumerate(cache.layers):
-        row, held = _export(layer, i)
+        row, held = _export(layer, i, op)
         for name in _not_finite(row, held):
-            raise ValueError(f"TurboCache.save: {name} of layer {i} holds NaN or infinity")
+            raise ValueError(f"{op}: {name} of layer {i} holds NaN or infinity")
         rows.append(row)
         tensors |= {f"layers.{i}.{name}": tensor.cpu() for name, tensor in held.items()}
-    settings = dataclasses.asdict(cache.settings)
-    stated = {name: settings[name] for name in sorted(_SETTINGS)}
-    parts = {"model": cache.model_facts, "settings": stated, "layers": rows}
-    FILE.write(path, parts, tensors, "TurboCache.save")
+    parts = {"model": cache.model_facts, "settings": cache.file_settings(), "layers": rows}
+    cache.file_kind.write(path, parts, tensors, op)
 
 
 def load(
     cls,
     path: str | os.PathLike,
     config: PretrainedConfig,
-    max_cache_len: int | None,
     device: torch.device,
+    **arguments: object,
 ):
-    """See :meth:`kvcore.cache.TurboCache.load`."""
-    metadata, tensors = FILE.read(path)
+    """The cache of class ``cls`` that a file holds.
+
+    Args:
+        cls: a subclass of :class:`kvcore.cache.compressed_cache.CompressedCache`.
+        path: the file.
+        config: the model's configuration.
+        device: where the model is.
+        arguments: what the file does not say, for ``cls.from_file``.
+    """
+    metadata, tensors = cls.file_kind.read(path)
     facts = FILE.parse_json(metadata, "model", dict)
     for name, value in model_facts(config).items():
         check(name in facts, "model", f"the facts of a model with {name}", sorted(facts))
         check(facts[name] == value, f"model.{name}", f"{value!r} as the config has it", facts[name])
     settings = FILE.parse_json(metadata, "settings", dict)
-    check_names(settings, _SETTINGS, "settings")
+    check_names(settings, cls.settings_names, "settings")
     rows = FILE.parse_json(metadata, "layers", list)
     check(len(rows) <= file_format.MAX_LAYERS, "layers", "a list of layers", len(rows))
     for i, row in enumerate(rows):
         check(isinstance(row, dict), f"layers[{i}]", "an object", row)
-    arguments = dict(settings)
-    rotary_dim = arguments.pop("rotary_dim")
-    for name in ("k_bits", "v_bits"):
-        # Of the layers that are not quantized the width means nothing.
-        arguments[name] = [row.get(f"layer_{name}", 4) for row in rows]
     try:
-        cache = cls(config, max_cache_len=max_cache_len, **arguments)
+        cache = cls.from_file(config, settings, rows, **arguments)
+    except CacheFileError:
+        raise
     except (TypeError, ValueError) as error:
         raise CacheFileError(f"cache file: settings do not make a cache: {error}") from error
-    check(
-        rotary_dim == cache.settings.rotary_dim,
-        "settings.rotary_dim",
-        f"{cache.settings.rotary_dim} as the config has it",
-        rotary_dim,
-    )
     check(len(rows) == len(cache.layers), "layers", f"{len(cache.layers)} long", len(rows))
 
     forms = {}
@@ -93,20 +96,15 @@ def load(
 # ---- one layer
 
 
-def _export(layer: object, index: int) -> tuple[dict, dict[str, Tensor]]:
+def _export(layer: object, index: int, op: str) -> tuple[dict, dict[str, Tensor]]:
     """What the metadata and the tensors of a file say of a layer."""
-    if isinstance(layer, TurboLayer):
-        row = {
-            "kind": "turbo",
-            "layer_k_bits": layer.settings.k_bits,
-            "layer_v_bits": layer.settings.v_bits,
-        }
-        store = layer.synced_store()
-        if store is not None and store.is_calibrated:
-            stored, tensors = store_files.export_store(store)
+    if isinstance(layer, CompressedLayer):
+        row = {"kind": layer.file_kind, **layer.file_facts()}
+        if (stored := layer.export_store()) is not None:
+            facts, tensors = stored
             dtype = str(layer.dtype).removeprefix("torch.")
-            return {**row, "state": "quantized", "dtype": dtype, **stored}, tensors
-        if store is None and layer.get_seq_length():
+            return {**row, "state": layer.stored_state, "dtype": dtype, **facts}, tensors
+        if layer.store is None and layer.get_seq_length():
             exact = dict(zip(("keys", "values"), layer.tensors()["exact"], strict=True))
             padding = layer.padding.tolist()
             return {**row, "state": "exact", "padding": padding, **_kv_row(exact)}, exact
@@ -123,7 +121,7 @@ def _export(layer: object, index: int) -> tuple[dict, dict[str, Tensor]]:
     if linear.is_linear(layer):
         if getattr(layer, "record_past", False):
             raise NotImplementedError(
-                f"TurboCache.save: layer {index} records past states for assisted decoding, which "
+                f"{op}: layer {index} records past states for assisted decoding, which "
                 "a file cannot hold"
             )
         states, flags = linear.export_linear(layer)
@@ -132,22 +130,33 @@ def _export(layer: object, index: int) -> tuple[dict, dict[str, Tensor]]:
     if linear.is_dummy(layer):
         return {"kind": "dummy"}, {}
     raise NotImplementedError(
-        f"TurboCache.save: layer {index} is a {type(layer).__name__}, which has no file format"
+        f"{op}: layer {index} is a {type(layer).__name__}, which has no file format"
     )
 
 
 def _not_finite(row: dict, held: dict[str, Tensor]) -> list[str]:
     """Tensors that hold NaN or infinity where they must not.
 
-    Blocks of a store have a mark for it, and what padding tokens hold is of no use to anyone.
+    Codes and blocks of a store have a mark for it, and what padding tokens hold is of no use to
+    anyone.
     """
-    if row["kind"] == "turbo" and row["state"] == "exact":
-        padding = torch.tensor(row["padding"])[:, None]
-        real = torch.arange(held["keys"].shape[2]) >= padding
-        held = {name: x.cpu().transpose(1, 2)[real] for name, x in held.items()}
-    elif row["kind"] != "linear":
+    if row["kind"] == "linear":
+        exact, padding = held, []
+    elif "padding" in row:
+        exact = {name: x for name, x in held.items() if name in EXACT_TENSORS}
+        padding = row["padding"]
+    else:
         return []
-    return [name for name, x in held.items() if not x.isfinite().all()]
+    wrong = []
+    for name, x in exact.items():
+        if padding:
+            # Exact tokens are the newest.
+            first = row.get("num_tokens", x.shape[2]) - x.shape[2]
+            real = torch.arange(first, first + x.shape[2]) >= torch.tensor(padding)[:, None]
+            x = x.cpu().transpose(1, 2)[real]
+        if not x.isfinite().all():
+            wrong.append(name)
+    return wrong
 
 
 def _kv_row(held: dict[str, Tensor]) -> dict:
@@ -159,17 +168,18 @@ def _kv_row(held: dict[str, Tensor]) -> dict:
 def _form(row: dict, layer: object, field: str) -> dict[str, tuple]:
     """Checks a layer's row; returns dtype and shape of its tensors."""
     kind = row.get("kind")
-    expected = _export(layer, 0)[0]["kind"]
+    expected = _export(layer, 0, "")[0]["kind"]
     check(kind == expected, f"{field}.kind", repr(expected), kind)
     if kind == "dummy":
         check_names(row, {"kind"}, field)
         return {}
     if kind == "linear":
         return linear.linear_form(row, layer, field, _STATE_DTYPES)
-    names = {"turbo": {"layer_k_bits", "layer_v_bits"}, "sliding": {"sliding_window", "seen"}}
-    common = {"kind", "state", *names.get(kind, ())}
+    is_compressed = isinstance(layer, CompressedLayer)
+    names = layer.file_facts() if is_compressed else {"sliding_window", "seen"}
+    common = {"kind", "state", *(names if is_compressed or kind == "sliding" else ())}
     state = row.get("state")
-    states = ("empty", "exact", "quantized") if kind == "turbo" else ("empty", "exact")
+    states = ("empty", "exact", *((layer.stored_state,) if is_compressed else ()))
     check(state in states, f"{field}.state", f"one of {states}", state)
     if kind == "sliding":
         window = layer.sliding_window
@@ -192,31 +202,12 @@ def _form(row: dict, layer: object, field: str) -> dict[str, tuple]:
         f"one of {sorted(_DTYPES)}",
         dtype,
     )
-    if state == "quantized":
-        stored = {
-            "batch",
-            "kv_heads",
-            "head_dim",
-            "num_tokens",
-            "padding",
-            "k_bits",
-            "v_bits",
-            "blocks",
-            "calibrated",
-        }
-        check_names(row, {*common, "dtype", *stored}, field)
-        check(_DTYPES[dtype] is not torch.float64, f"{field}.dtype", "a quantizable one", dtype)
-        calibrates = layer.settings.balance or layer.settings.subtract_mean
-        check(row["calibrated"] == calibrates, f"{field}.calibrated", calibrates, row["calibrated"])
-        form = file_format.store_form(row, field)
-        num_low = layer.settings.num_low_heads(row["kv_heads"])
-        for name in ("k_bits", "v_bits"):
-            others = [getattr(layer.settings, name)] * (row["kv_heads"] - num_low)
-            widths = sorted([2] * num_low + others)
-            holds = sorted(row[name]) == widths
-            check(holds, f"{field}.{name}", f"{widths} in any order", row[name])
-        return form
-    padded = {"padding"} if kind == "turbo" else set()
+    if is_compressed and state == layer.stored_state:
+        check_names(row, {*common, "dtype", *layer.stored_facts}, field)
+        is_coarse = _DTYPES[dtype] is not torch.float64
+        check(is_coarse, f"{field}.dtype", "a quantizable one", dtype)
+        return layer.stored_form(row, _DTYPES[dtype], field)
+    padded = {"padding"} if is_compressed else set()
     check_names(row, {*common, "dtype", "k_shape", "v_shape", *padded}, field)
     shapes = {name: get_ints(row, name, field, 0) for name in ("k_shape", "v_shape")}
     for name, shape in shapes.items():
@@ -239,12 +230,12 @@ def _restore(
         check(False, f"{field}.{name}", "finite", "NaN or infinity")
     if row["kind"] == "linear":
         linear.restore_linear(layer, row, {n: t.to(device) for n, t in held.items()})
-    elif row["kind"] != "dummy" and row["state"] == "quantized":
-        file_format.check_store(row, held, layer.settings.sink_pages, field)
+    elif isinstance(layer, CompressedLayer) and row["state"] == layer.stored_state:
+        layer.check_stored(row, held, field)
         layer.restore_store(row, held, _DTYPES[row["dtype"]], device)
     elif row["kind"] != "dummy" and row["state"] == "exact":
         k, v = (held[name].to(device) for name in ("keys", "values"))
-        if row["kind"] == "turbo":
+        if isinstance(layer, CompressedLayer):
             layer.restore_exact(k, v, np.array(row["padding"], dtype=np.int64))
         else:
             layer.lazy_initialization(k, v)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from kvcore.cache.calibration import calibrate, left_padding_tensor
-from kvcore.cache.exact import ordinary_tensors
 from kvcore.cache.pages import PagePool
 from kvcore.cache.settings import PAGE_TOKENS, TAIL_SLOTS, TurboSettings, block_bytes
 from kvcore.cache.store import TurboStore, token_counts
+from kvcore.cache.tensors import ordinary_tensors
 
 
 class StaticStore(TurboStore):

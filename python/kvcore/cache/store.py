@@ -8,9 +8,9 @@ from torch import Tensor
 
 from kvcore import ops
 from kvcore.cache.calibration import calibrate, left_padding_tensor
-from kvcore.cache.exact import ordinary_tensors
 from kvcore.cache.pages import PagePool
 from kvcore.cache.settings import PAGE_TOKENS, TurboSettings
+from kvcore.cache.tensors import ordinary_tensors
 
 _append = torch.ops.kvcore.turbo_append.default
 _decode = torch.ops.kvcore.turbo_decode.default

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvcore.cache.exact import ordinary_tensors
+from kvcore.cache.file_format import store_facts
 from kvcore.cache.pages import PagePool
 from kvcore.cache.settings import (
     PAGE_TOKENS,
@@ -17,6 +17,7 @@ from kvcore.cache.settings import (
 )
 from kvcore.cache.static_store import StaticStore
 from kvcore.cache.store import TurboStore
+from kvcore.cache.tensors import ordinary_tensors
 
 _ROW_MASK = (1 << SLAB_INDEX_BITS) - 1
 
@@ -53,11 +54,7 @@ def export_store(store: TurboStore) -> tuple[dict, dict[str, Tensor]]:
     tensors |= {name: getattr(store, name).cpu() for name in store.names() if name != "seq_lens"}
     tensors["block_table"] = torch.from_numpy(table)
     facts = {
-        "batch": store.batch,
-        "kv_heads": store.kv_heads,
-        "head_dim": store.head_dim,
-        "num_tokens": store.num_tokens,
-        "padding": store.padding.tolist(),
+        **store_facts(store),
         "k_bits": store.head_bits[0].tolist(),
         "v_bits": store.head_bits[1].tolist(),
         "blocks": [len(tensors[f"pool{width}"]) for width in WIDTHS],

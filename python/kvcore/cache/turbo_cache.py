@@ -10,7 +10,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers.cache_utils import StaticCache
 
-from kvcore.cache import reasons, serialize
+from kvcore.cache import file_format, reasons, serialize
 from kvcore.cache.compressed_cache import CompressedCache
 from kvcore.cache.model_facts import head_dim_of, is_plain_attention
 from kvcore.cache.settings import HEAD_DIMS, TurboSettings, check_bits
@@ -125,7 +125,41 @@ class TurboCache(CompressedCache):
         Raises:
             CacheFileError: a ValueError, naming the field.
         """
-        return serialize.load(cls, path, config, max_cache_len, torch.device(device))
+        return serialize.load(cls, path, config, torch.device(device), max_cache_len=max_cache_len)
+
+    file_kind = file_format.FILE
+    # The widths are facts of the layers.
+    settings_names = frozenset(
+        {field.name for field in dataclasses.fields(TurboSettings)} - {"k_bits", "v_bits"}
+    )
+
+    def file_settings(self) -> dict:
+        settings = dataclasses.asdict(self.settings)
+        return {name: settings[name] for name in sorted(self.settings_names)}
+
+    @classmethod
+    def from_file(
+        cls,
+        config: PretrainedConfig,
+        settings: dict,
+        rows: list[dict],
+        *,
+        max_cache_len: int | None,
+    ) -> TurboCache:
+        arguments = dict(settings)
+        rotary_dim = arguments.pop("rotary_dim")
+        for name in ("k_bits", "v_bits"):
+            # Of the layers that are not quantized the width means nothing.
+            arguments[name] = [row.get(f"layer_{name}", 4) for row in rows]
+        cache = cls(config, max_cache_len=max_cache_len, **arguments)
+        expected = cache.settings.rotary_dim
+        file_format.check(
+            rotary_dim == expected,
+            "settings.rotary_dim",
+            f"{expected} as the config has it",
+            rotary_dim,
+        )
+        return cache
 
 
 def _per_layer(name: str, bits: int | Sequence[int], num_layers: int) -> list[int]:

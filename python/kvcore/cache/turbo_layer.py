@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvcore.cache import store_files
+from kvcore.cache import file_format, store_files
+from kvcore.cache.file_format import check
 from kvcore.cache.layer import CompressedLayer
 from kvcore.cache.padding import PaddingTracker
 from kvcore.cache.settings import PAGE_TOKENS, TurboSettings
@@ -92,9 +93,37 @@ class TurboLayer(CompressedLayer):
 
     # ---- files
 
+    file_kind = "turbo"
+    stored_state = "quantized"
+    stored_facts = file_format.STORE_FACTS
+
+    def file_facts(self) -> dict:
+        return {"layer_k_bits": self.settings.k_bits, "layer_v_bits": self.settings.v_bits}
+
+    def export_store(self) -> tuple[dict, dict[str, Tensor]] | None:
+        store = self.synced_store()
+        return (
+            store_files.export_store(store) if store is not None and store.is_calibrated else None
+        )
+
+    def stored_form(self, row: dict, dtype: torch.dtype, field: str) -> dict[str, tuple]:
+        settings = self.settings
+        calibrates = settings.balance or settings.subtract_mean
+        check(row["calibrated"] == calibrates, f"{field}.calibrated", calibrates, row["calibrated"])
+        form = file_format.store_form(row, field)
+        num_low = settings.num_low_heads(row["kv_heads"])
+        for name in ("k_bits", "v_bits"):
+            others = [getattr(settings, name)] * (row["kv_heads"] - num_low)
+            widths = sorted([2] * num_low + others)
+            holds = sorted(row[name]) == widths
+            check(holds, f"{field}.{name}", f"{widths} in any order", row[name])
+        return form
+
+    def check_stored(self, row: dict, tensors: dict[str, Tensor], field: str) -> None:
+        file_format.check_store(row, tensors, self.settings.sink_pages, field)
+
     def restore_store(
         self, row: dict, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Adopts what :func:`~kvcore.cache.store_files.export_store` gave, after it was checked."""
         self._adopt_shape((row["batch"], row["kv_heads"], row["head_dim"]), dtype, device)
         self.store = store_files.restore_store(self.settings, row, tensors, device)

@@ -1,0 +1,41 @@
+"""What the files of caches need to know of a compressed layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class LayerFiles:
+    """The part of a layer's row in a file, and of its tensors, that its store is.
+
+    A *row* is the layer's JSON object in the metadata. :mod:`kvcore.cache.serialize` adds what is
+    the same for all layers, ``kind``, ``state`` and ``dtype``, and calls these in order.
+    """
+
+    file_kind: str
+    stored_state: str
+    # Facts of a row in that state.
+    stored_facts: frozenset[str]
+
+    def file_facts(self) -> dict:
+        """Facts of the layer in any state."""
+        return {}
+
+    def export_store(self) -> tuple[dict, dict[str, Tensor]] | None:
+        """Facts for JSON and tensors of the store; None if there is nothing in it to keep."""
+        raise NotImplementedError
+
+    def stored_form(self, row: dict, dtype: torch.dtype, field: str) -> dict[str, tuple]:
+        """Checks the facts of a store; returns dtype and shape of its tensors."""
+        raise NotImplementedError
+
+    def check_stored(self, row: dict, tensors: dict[str, Tensor], field: str) -> None:
+        """Checks the values of a store whose form was checked."""
+        raise NotImplementedError
+
+    def restore_store(
+        self, row: dict, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Adopts what :meth:`export_store` gave, after it was checked."""
+        raise NotImplementedError
