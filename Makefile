@@ -33,7 +33,7 @@ help:
 	@echo "make long    50,000 random problems, a million decoding steps, a thousand repeats"
 	@echo "make demo    full and compressed caches compared on two small models"
 	@echo "make isa     the tests marked isa at each of: $(ISA_LEVELS)"
-	@echo "make amx     the tests marked isa over a software model of AMX tiles (needs AVX-512 VNNI)"
+	@echo "make amx     the tests marked isa over a software model of AMX tiles (needs AVX-512 BF16)"
 	@echo "make asan    the tests marked asan under AddressSanitizer and UBSan"
 	@echo "make simt    the CUDA kernels' source on the CPU, under the same sanitizers"
 	@echo "make simt-tsan     a selection of them as a check for races between CUDA threads"
@@ -89,6 +89,9 @@ isa: build
 	  KVCORE_CPU_ISA=$$level $(RUN_TESTS) -m isa $(PYTEST_ARGS) || exit 1; \
 	done
 
+# Level amx is never chosen by itself; its software model needs what surrounds the tiles.
+MODELLED = $(shell grep -qw avx512_bf16 /proc/cpuinfo 2>/dev/null && echo amx)
+
 # The sanitized build lives beside the normal one. The runtimes are preloaded because Python is not
 # linked with them, libstdc++ because they must find __cxa_throw when they start. Python itself
 # leaks by design. Reports go to files: pytest's capture would lose them when the process aborts. Only
@@ -104,7 +107,7 @@ asan: $(INSTALL_STAMP)
 	  -DKVCORE_AMX_MODEL=ON -DKVCORE_ISA_LEVELS='scalar;amx'" \
 	  $(PY) setup.py --quiet build --build-base $(ASAN_DIR) --build-lib $(ASAN_DIR)/lib
 	@rm -f $(ASAN_DIR)/report.*
-	PYTHONPATH=$(ASAN_DIR)/lib $(with_asan) $(RUN_TESTS) -m asan $(PYTEST_ARGS) \
+	PYTHONPATH=$(ASAN_DIR)/lib KVCORE_CPU_ISA=$(MODELLED) $(with_asan) $(RUN_TESTS) -m asan $(PYTEST_ARGS) \
 	  || { cat $(ASAN_DIR)/report.* 2>/dev/null; exit 1; }
 
 # A build whose level amx runs a software model of the tiles.
@@ -113,7 +116,7 @@ amx: $(INSTALL_STAMP)
 	KVCORE_BUILD_DIR=$(AMX_DIR)/cmake CMAKE_ARGS="$$CMAKE_ARGS -DKVCORE_AMX_MODEL=ON -DKVCORE_CUDA=OFF \
 	  -DKVCORE_ISA_LEVELS='scalar;avx512_vnni;amx'" \
 	  $(PY) setup.py --quiet build --build-base $(AMX_DIR) --build-lib $(AMX_DIR)/lib
-	PYTHONPATH=$(AMX_DIR)/lib $(RUN_TESTS) -m isa $(PYTEST_ARGS)
+	PYTHONPATH=$(AMX_DIR)/lib KVCORE_CPU_ISA=$(MODELLED) $(RUN_TESTS) -m isa $(PYTEST_ARGS)
 
 # kvcore_simt alone is built again and tested beside the normal build. SIMT_SEED draws an order of
 # threads and blocks; without it they run in order.

@@ -127,6 +127,7 @@ def _environment(**changes):
             "built": ["scalar", "avx2"],
             "supported": ["scalar", "avx2"],
             "obstacles": {},
+            "opt_in": {},
             "active": "avx2",
             "override": None,
         },
@@ -207,6 +208,15 @@ def _not_loaded(name, reason):
             "none needed",
         ),
         (
+            {
+                "cpu_isa": _environment()["cpu_isa"]
+                | {"supported": ["scalar", "avx2", "amx"], "opt_in": {"amx": "never run"}}
+            },
+            "CPU kernels at amx",
+            "available, but opt-in: never run",
+            "KVCORE_CPU_ISA=amx",
+        ),
+        (
             {"cpu_isa": {"override": "sse9", "reason": "KVCORE_CPU_ISA names no level"}},
             "CPU kernels",
             "KVCORE_CPU_ISA names no level",
@@ -226,6 +236,9 @@ def test_fallback_says_why_and_what_to_do(changes, what, reason, remedy, monkeyp
 def test_no_fallback_where_all_is_used():
     assert environment.fallbacks(_environment()) == []
     assert environment.fallbacks(_environment(build={"cuda_archs": ["80"]})) == []
+    opted_in = {"supported": ["scalar", "avx2", "amx"], "active": "amx", "override": "amx"}
+    isa = _environment()["cpu_isa"] | opted_in | {"opt_in": {"amx": "never run"}}
+    assert environment.fallbacks(_environment(cpu_isa=isa)) == []
 
 
 @pytest.mark.parametrize(

@@ -302,9 +302,21 @@ def cpu_isa(level):
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
 
 
-def test_active_isa_is_the_highest_supported_one():
-    expected = _C.cpu_isa()["supported"][-1]
+@pytest.mark.isa
+def test_active_isa_is_the_highest_that_needs_no_naming():
+    isa = _C.cpu_isa()
+    expected = [level for level in isa["supported"] if level not in isa["opt_in"]][-1]
     assert cpu_isa("").stdout.strip() == expected
+
+
+@pytest.mark.isa
+def test_amx_is_opt_in_where_it_is_supported():
+    isa = _C.cpu_isa()
+    assert set(isa["opt_in"]) == {"amx"} & set(isa["supported"])
+    for level, reason in isa["opt_in"].items():
+        assert "never run on hardware" in reason
+        assert cpu_isa("").stdout.strip() != level
+        assert cpu_isa(level).stdout.strip() == level
 
 
 @pytest.mark.parametrize("level", _C.cpu_isa()["supported"])

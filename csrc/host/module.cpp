@@ -68,11 +68,16 @@ py::dict cpu_isa() {
   info["built"] = isa_names(false);
   info["supported"] = isa_names(true);
   info["active"] = isa_name(active_isa());
-  py::dict obstacles;
+  py::dict obstacles, opt_in;
   for (const Isa isa : kBuilt) {
-    if (!isa_supported(isa)) obstacles[isa_name(isa)] = isa_obstacle(isa);
+    if (!isa_supported(isa)) {
+      obstacles[isa_name(isa)] = isa_obstacle(isa);
+    } else if (const std::string reason = isa_opt_in(isa); !reason.empty()) {
+      opt_in[isa_name(isa)] = reason;
+    }
   }
   info["obstacles"] = obstacles;
+  info["opt_in"] = opt_in;
   return info;
 }
 
@@ -174,7 +179,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "version, compiler, flags, build_type, cxx_standard, torch_target (oldest torch), "
         "isa_levels, cuda_archs (empty: no CUDA library), sanitized, pybind11.");
   m.def("cpu_isa", &cpu_isa,
-        "CPU ISA levels, lowest first: built, supported by this machine, and the active one. "
+        "CPU ISA levels, lowest first: built, supported by this machine, and the active one; "
+        "obstacles, why others are not supported; opt_in, why supported ones run only where "
+        "KVCORE_CPU_ISA names them. "
         "Raises RuntimeError if KVCORE_CPU_ISA names none of the supported.");
   bind_page_allocator(m);
 }

@@ -44,11 +44,11 @@ struct X86Features {
     const bool f = b7 >> 16 & 1, dq = b7 >> 17 & 1, bw = b7 >> 30 & 1, vl = b7 >> 31 & 1;
     avx512 = avx2 && saves(0xe0) && f && dq && bw && vl;
     avx512_vnni = avx512 && (c7 >> 11 & 1);
-    const bool amx_tile = d7 >> 24 & 1, amx_int8 = d7 >> 25 & 1;
+    const bool amx_bf16 = d7 >> 22 & 1, amx_tile = d7 >> 24 & 1, amx_int8 = d7 >> 25 & 1;
     uint32_t a71, b71, c71, d71;
     const bool bf16 = __get_cpuid_count(7, 1, &a71, &b71, &c71, &d71) && (a71 >> 5 & 1);
     avx512_bf16 = avx512_vnni && bf16;
-    amx = avx512_bf16 && saves(0x60000) && amx_tile && amx_int8;
+    amx = avx512_bf16 && saves(0x60000) && amx_tile && amx_int8 && amx_bf16;
   }
 };
 
@@ -124,6 +124,10 @@ std::string isa_obstacle(Isa isa) {
 #endif
 }
 
+std::string isa_opt_in(Isa isa) {
+  return isa == Isa::amx ? "its tiles have never run on hardware, only on a software model" : "";
+}
+
 std::string available_isas() {
   std::string names;
   for (const Isa isa : kBuilt) {
@@ -138,7 +142,9 @@ Isa active_isa() {
     const char* wanted = std::getenv("KVCORE_CPU_ISA");
     const bool any = wanted == nullptr || *wanted == '\0';
     for (auto it = std::rbegin(kBuilt); it != std::rend(kBuilt); ++it) {
-      if (isa_supported(*it) && (any || std::string(wanted) == isa_name(*it))) return *it;
+      // Asked in this order: whether a level is supported may take a permission of the system.
+      const bool chosen = any ? isa_opt_in(*it).empty() : std::string(wanted) == isa_name(*it);
+      if (chosen && isa_supported(*it)) return *it;
     }
     std::string message = "KVCORE_CPU_ISA must be one of " + available_isas() +
                           " on this machine, got '" + wanted + "'";

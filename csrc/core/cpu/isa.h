@@ -21,8 +21,11 @@ bool isa_supported(Isa isa);
 // Why a level is not supported here, in a few words; empty if it is.
 std::string isa_obstacle(Isa isa);
 
-// The level that kernels run at: the highest that is built and supported, or the one that the
-// environment variable KVCORE_CPU_ISA names. Decided at the first call and kept. Throws
+// Why a level runs only where KVCORE_CPU_ISA names it, in a few words; empty if it needs no naming.
+std::string isa_opt_in(Isa isa);
+
+// The level that kernels run at: the one that the environment variable KVCORE_CPU_ISA names, or the
+// highest that is built, supported and not opt-in. Decided at the first call and kept. Throws
 // std::runtime_error if the variable names a level that is unknown or not supported here.
 Isa active_isa();
 

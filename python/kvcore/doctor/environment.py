@@ -169,13 +169,17 @@ def fallbacks(env: dict[str, Any]) -> list[dict[str, str]]:
 
     isa = env["cpu_isa"]
     if "active" in isa:
-        best = isa["supported"][-1]
-        if isa["active"] != best:
+        best = [level for level in isa["supported"] if level not in isa["opt_in"]][-1]
+        if isa["active"] != best and isa["active"] not in isa["opt_in"]:
             add(
                 f"CPU kernels at {best}",
                 f"KVCORE_CPU_ISA={isa['override']} asks for {isa['active']}",
                 "unset KVCORE_CPU_ISA",
             )
+        for level, reason in isa["opt_in"].items():
+            if level != isa["active"]:
+                remedy = f"KVCORE_CPU_ISA={level} uses it"
+                add(f"CPU kernels at {level}", f"available, but opt-in: {reason}", remedy)
         for obstacle in dict.fromkeys(isa["obstacles"].values()):
             levels = [level for level, why in isa["obstacles"].items() if why == obstacle]
             add(
