@@ -2,16 +2,12 @@
 
 import dataclasses
 
-import pytest
 import torch
 
 import cases
 import kvcore
 from cases import normal
 from kvcore.reference import lexico
-
-# CUDA and its model join when they have kernels.
-each_backend = pytest.mark.parametrize("backend", [pytest.param(cases.CPU, id="cpu")])
 
 
 def make_dictionary(atoms, head_dim, seed=7):
@@ -74,8 +70,8 @@ class Problem:
     def tensors(self):
         return [getattr(self, field.name) for field in dataclasses.fields(self)]
 
-    def run(self, ops=torch.ops.kvcore, **scalars):
-        return ops.lexico_attention(*self.tensors(), **scalars)
+    def run(self, backend=cases.CPU, **scalars):
+        return run(backend, "lexico_attention", *self.tensors(), **scalars)
 
     def expected(self, **scalars):
         return lexico.lexico_attention(*self.tensors(), **scalars)

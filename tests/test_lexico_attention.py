@@ -8,14 +8,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cases
 import kvcore
-from cases import BF16, DTYPES, F16, F32, HEAD_DIMS, LAYOUTS, Shape, with_layout
+from cases import BF16, DTYPES, F16, F32, HEAD_DIMS, LAYOUTS, Shape, each_backend, with_layout
 from compare import assert_bitwise_equal, assert_close, relative_l2
-from lexico_cases import each_backend, make_problem
+from kvcore.reference import lexico
+from lexico_cases import make_problem, random_codes
 
 
 def agree(problem, backend=cases.CPU, **scalars):
     """Within rounding of the output's type; the family's bound is 2e-3."""
-    out, lse = problem.run(backend.ops, **scalars)
+    out, lse = problem.run(backend, **scalars)
     want, want_lse = problem.expected(**scalars)
     unit = {F32: 1e-5, F16: 1e-3, BF16: 8e-3}[out.dtype]
     assert_close(lse, want_lse, rtol=1e-5, atol=1e-4, name="lse")
@@ -31,9 +32,17 @@ def agree(problem, backend=cases.CPU, **scalars):
 @pytest.mark.asan
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_matches_reference(backend, head_dim):
-    for dtype, group, q_len in ((F32, 1, 1), (F32, 4, 1), (F32, 5, 1), (F16, 3, 3), (BF16, 7, 5)):
+    for dtype, group, q_len in ((F32, 1, 1), (F32, 5, 1), (F16, 4, 1), (F16, 3, 3), (BF16, 7, 5)):
         shape = Shape(head_dim, 75, q_len, 2, group, dtype=dtype)
         agree(make_problem(shape, buffer=9), backend)
+
+
+@each_backend
+@pytest.mark.isa
+@pytest.mark.asan
+@pytest.mark.parametrize(("dtype", "group"), [(F32, 2), (F16, 4), (BF16, 8)], ids=str)
+def test_a_block_matches_reference(backend, dtype, group):
+    agree(make_problem(Shape(64, 70, 1, 1, group, dtype=dtype), blocks=1, buffer=3), backend)
 
 
 @each_backend
@@ -58,7 +67,8 @@ def test_every_length_of_the_tail(backend, tokens, buffer):
 @each_backend
 def test_many_queries(backend):
     # More rows than one unit takes: no splits, the weights decay from segment to segment.
-    problem = make_problem(Shape(64, 200, 60, 2, 4, 2), blocks=1, buffer=80)
+    q_len = 60 if backend.runs(2 * 16 * 60 * 4300 * 64) else 9
+    problem = make_problem(Shape(64, 200, q_len, 2, 4, 2), blocks=1, buffer=80)
     agree(problem, backend)
     agree(problem, backend, causal=False)
     agree(problem, backend, window=100)
@@ -86,6 +96,16 @@ def test_windows(backend, window):
 
 
 @each_backend
+def test_more_blocks_than_a_launch_takes(backend):
+    problem = make_problem(Shape(64, 40, 2, 1, 2), blocks=1, buffer=3)
+    problem.k_blocks, problem.v_blocks = problem.k_blocks * 130, problem.v_blocks * 130
+    for window in (30, 4200):
+        actual, expected = problem.run(backend, window=window), problem.run(window=window)
+        for a, e in zip(actual, expected, strict=True):
+            assert_close(a, e, rtol=1e-5, atol=1e-6)
+
+
+@each_backend
 def test_padding_over_a_block(backend):
     problem = make_problem(Shape(64, 50, 2, 1, 2, 2), blocks=1, left_padding=(4100, 4000))
     agree(problem, backend)
@@ -108,6 +128,32 @@ def test_sparsities(backend, sparsity):
 @each_backend
 def test_many_atoms(backend):
     agree(make_problem(Shape(64, 300, 1, 1, 4), atoms=(5000, 4097)), backend)
+    agree(make_problem(Shape(64, 40, 1, 1, 3, dtype=BF16), blocks=1, atoms=(8200, 300)), backend)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+@pytest.mark.parametrize("size", [1e-5, 300.0])
+def test_queries_of_any_size(backend, dtype, size):
+    # Large scores too: products with atoms must not be rounded to 16 bits.
+    problem = make_problem(Shape(64, 60, 1, 1, 4, dtype=dtype), buffer=3)
+    problem.q = problem.q * size
+    agree(problem, backend, scale=1.0 / size)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_an_atom_that_every_token_has(backend, dtype):
+    problem = make_problem(Shape(64, 100, 1, 1, 3, dtype=dtype))
+    codes = random_codes(1, 1, 4096, 5, 70, 5), random_codes(1, 1, 4096, 6, 90, 6)
+    for indices, coefficients, _ in codes:
+        indices[..., 1:] += (indices[..., 1:] == 17).short()
+        indices[..., 0], coefficients[..., 0] = 17, 50
+    tails = [lexico.empty_tail(1, 1, 128, sparsity) for sparsity in (5, 6)]
+    kvcore.lexico_append(*codes[0], *codes[1], *tails, torch.zeros(1, dtype=torch.int32))
+    k_block, v_block = kvcore.lexico_seal(*tails, v_atoms=90)
+    problem.k_blocks, problem.v_blocks = [k_block], [v_block]
+    agree(problem, backend)
 
 
 @each_backend
@@ -127,7 +173,7 @@ def test_nonfinite_values_poison_the_rows_that_see_them(backend):
             # Tiles follow the widths; the first has 32 scales, then indices: take its last scale.
             data[..., offset : offset + 2] = 0
             data[..., 128 + 62 : 128 + 64] = torch.tensor([0x00, 0x7E], dtype=torch.uint8)
-        out, _ = p.run(backend.ops)
+        out, _ = p.run(backend)
         assert out.isnan().all(), name
         want, _ = p.expected()
         assert want.isnan().all(), name
@@ -136,7 +182,7 @@ def test_nonfinite_values_poison_the_rows_that_see_them(backend):
     for name, value in (("k_buffer", torch.nan), ("v_buffer", torch.inf)):
         p = problem()
         getattr(p, name)[0, 0, 9, 3] = value
-        out, _ = p.run(backend.ops)
+        out, _ = p.run(backend)
         bad = ~out.isfinite().all(-1)
         # The last two of four queries are at or behind the buffer's tenth token, of twelve.
         assert bad.any(1).tolist() == [[True]] or bad[0].any(0).tolist() == [
@@ -149,7 +195,7 @@ def test_nonfinite_values_poison_the_rows_that_see_them(backend):
     for value in (torch.nan, torch.inf, -torch.inf):
         p = problem()
         p.q[0, 1, 2, 5] = value
-        out, lse = p.run(backend.ops)
+        out, lse = p.run(backend)
         wrong = torch.zeros(1, 2, 4, dtype=torch.bool)
         wrong[0, 1, 2] = True
         assert torch.equal(out.isnan().all(-1), wrong)
@@ -170,10 +216,10 @@ def test_noncontiguous(backend, layout):
     names = ("q", "k_buffer", "v_buffer")
     for name in names:
         setattr(problem, name, with_layout(getattr(problem, name), layout))
-    actual = problem.run(backend.ops)
+    actual = problem.run(backend)
     for name in names:
         setattr(problem, name, getattr(problem, name).contiguous())
-    for a, b in zip(actual, problem.run(backend.ops), strict=True):
+    for a, b in zip(actual, problem.run(backend), strict=True):
         assert a.is_contiguous()
         assert_bitwise_equal(a, b)
 
@@ -192,24 +238,25 @@ def test_noncontiguous(backend, layout):
 )
 def test_empty_and_odd_shapes(backend, shape):
     problem = make_problem(shape)
-    out, lse = problem.run(backend.ops)
+    out, lse = problem.run(backend)
     assert (out.shape, lse.shape) == (problem.q.shape, problem.q.shape[:3])
     if out.numel():
         agree(problem, backend)
 
 
 @each_backend
-@pytest.mark.parametrize("q_len", [1, 40])
+@pytest.mark.parametrize("q_len", [1, 44])
 def test_deterministic(backend, q_len):
-    problem = make_problem(
-        Shape(64, 1500, q_len, 2, 4, 3), blocks=1, buffer=30, tail_lens=(1500, 3, 900)
-    )
-    first = problem.run(backend.ops)
+    shape = Shape(64, 1500, q_len, 2, 4, 3)
+    # With 44 queries the CUDA kernels share the work out otherwise than for one sequence alone.
+    blocks = 1 if q_len == 1 or backend.runs(4 * shape.macs) else 0
+    problem = make_problem(shape, blocks=blocks, buffer=30, tail_lens=(1500, 3, 900))
+    first = problem.run(backend)
     threads = torch.get_num_threads()
     try:
-        for num_threads in (1, 2, 5):
+        for num_threads in (1, 2, 5) if backend == cases.CPU else (1,):
             torch.set_num_threads(num_threads)
-            for a, b in zip(problem.run(backend.ops), first, strict=True):
+            for a, b in zip(problem.run(backend), first, strict=True):
                 assert_bitwise_equal(a, b, f"{num_threads} threads")
     finally:
         torch.set_num_threads(threads)
@@ -220,14 +267,14 @@ def test_deterministic(backend, q_len):
             setattr(alone, name, getattr(problem, name)[rows])
         alone.k_blocks = [x[rows] for x in problem.k_blocks]
         alone.v_blocks = [x[rows] for x in problem.v_blocks]
-        for x, y in zip(alone.run(backend.ops), first, strict=True):
+        for x, y in zip(alone.run(backend), first, strict=True):
             assert_bitwise_equal(x, y[rows], f"entry {b} alone")
 
 
 def test_partial_results_merge():
     problem = make_problem(Shape(64, 90, 1, 2, 4), blocks=1, buffer=17)
     whole = problem.run()
-    store = problem.run(torch.ops.kvcore)
+    store = problem.run()
     tail = problem.tail_lens.clone()
     buffer = (problem.k_buffer, problem.v_buffer)
     problem.k_buffer = problem.v_buffer = None

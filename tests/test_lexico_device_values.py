@@ -9,9 +9,10 @@ import torch
 
 import cases
 import kvcore
+from cases import F16, Shape
 from compare import assert_bitwise_equal
 from kvcore.reference import lexico
-from lexico_cases import append, random_codes, run
+from lexico_cases import append, make_problem, random_codes, run
 
 each_device_backend = pytest.mark.parametrize(
     "backend", [p for p in cases.BACKENDS if p.values[0] != cases.CPU]
@@ -126,3 +127,84 @@ def test_seal_of_skewed_atoms(backend, sparsity):
     opened = run(backend, "lexico_unseal", *actual, **sizes)
     for a, e in zip(opened, kvcore.lexico_unseal(*actual, **sizes), strict=True):
         assert_bitwise_equal(a, e)
+
+
+def problem(dtype=F16):
+    return make_problem(
+        Shape(64, 90, 3, 2, 2, batch=3, dtype=dtype),
+        blocks=1,
+        buffer=5,
+        tail_lens=(90, 80, 90),
+        buffer_lens=(5, 5, 2),
+        left_padding=(0, 1, 2),
+    )
+
+
+@each_device_backend
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tail_lens", -1),
+        ("tail_lens", 129),
+        ("tail_lens", 2**31 - 1),
+        ("buffer_lens", 6),
+        ("buffer_lens", -(2**31)),
+        ("left_padding", -1),
+        ("left_padding", 2**31 - 1),
+    ],
+)
+def test_attention_with_lengths_out_of_range(backend, name, value):
+    p = problem()
+    clean = p.run(backend)
+    getattr(p, name)[1] = value
+    for actual, want in zip(p.run(backend), clean, strict=True):
+        assert actual[1].isnan().all()
+        assert_bitwise_equal(actual[[0, 2]], want[[0, 2]])
+    assert f"{name}: " in raised(backend)
+    with pytest.raises(RuntimeError, match=rf"^lexico_attention: {name}\[1\] must be in "):
+        p.run(backend, check_values=True)
+
+
+# Where the bytes of kv head 1 of sequence 1 change; what lies past the ends means nothing.
+CODE_CHANGES = {
+    "k_tail index": ("k_tail", 1, 64, [70, 0]),
+    "v_tail index": ("v_tail", 1, 65, [255]),
+    "k_blocks width": ("k_blocks", None, 0, [65]),
+    "k_blocks index": ("k_blocks", None, 128 + 66, [71, 0]),
+    "v_blocks count": ("v_blocks", None, 8192 + 1, [255]),
+    "v_blocks token": ("v_blocks", None, 8192 + 180 + 1, [16]),
+}
+
+
+@each_device_backend
+@pytest.mark.parametrize("change", CODE_CHANGES)
+def test_attention_to_what_append_and_seal_did_not_make(backend, change):
+    p = problem()
+    clean = p.run(backend)
+    name, tile, where, values = CODE_CHANGES[change]
+    data = getattr(p, name)
+    data = data[0][1, 1] if tile is None else data[1, 1, tile]
+    data[where : where + len(values)] = torch.tensor(values, dtype=torch.uint8)
+    out, lse = p.run(backend)
+    assert out[1, 2:].isnan().all()
+    assert lse[1, 2:].isnan().all() if name[0] == "k" else lse[1, 2:].isfinite().all()
+    for actual, want in zip((out, lse), clean, strict=True):
+        assert_bitwise_equal(actual[[0, 2]], want[[0, 2]])
+        assert_bitwise_equal(actual[1, :2], want[1, :2])
+    assert "blocks or tails: not codes over so many atoms" in raised(backend)
+
+
+@each_device_backend
+def test_what_lies_past_the_ends_means_nothing(backend):
+    p = problem()
+    clean = p.run(backend)
+    # Sequence 1's tails end with token 80, in their third tile.
+    for tail, sparsity in ((p.k_tail, 5), (p.v_tail, 6)):
+        pairs = tail[1, :, 2, 64 : 64 + 64 * sparsity].view(2, sparsity, 64)
+        pairs[..., 2 * 16 :] = 255
+        tail[1, :, 2, 2 * 16 : 64] = 255
+        tail[1, :, 3] = 255
+    p.k_buffer[2, :, 2:] = p.v_buffer[2, :, 2:] = torch.nan
+    for actual, want in zip(p.run(backend), clean, strict=True):
+        assert_bitwise_equal(actual, want)
+    backend.ops.raise_errors(torch.empty(0, device=backend.device))

@@ -26,6 +26,10 @@ REQUIRED: dict[str, list[str]] = {
     "rewind_kernel|dequantize_kernel|append_tail_kernel": ["LDG.E.128|LD.E.128"],
     # ATOMS: counted in shared memory, its address known to be there.
     r"\bseal_v_kernel": ["ATOMS"],
+    # An entry of the table, or of the tokens' weights, is one load from shared memory.
+    r"\bscores_kernel<": ["LDS.128", "FFMA", "LDGSTS"],
+    r"\bvalues_kernel<": ["LDS.64|LDS.128", "FFMA", "MUFU.EX2", "ATOMS.ADD"],
+    r"\btables_kernel<|\bproduct_kernel": ["LDS.128", "FFMA"],
     r"\battention_kernel<": ["IMMA.16832.S8.S8", "LDSM", "LDGSTS", "LDS.128", "MUFU.EX2"],
     r"\brecurrent_step_kernel<": ["LDG.E.128", "STG.E.128", "SHFL"],
     r"\bconv1d_(backward_)?kernel<": ["LDG.E", "STG.E", "MUFU.EX2", "MUFU.RCP"],

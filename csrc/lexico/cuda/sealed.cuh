@@ -61,9 +61,10 @@ struct VBlock {
     return block_sum<kThreads>(sum, scratch);
   }
 
-  /// Whether so many pairs lie in the block.
+  /// Whether so many pairs lie in the block, and 4096 codes may have as many.
   __device__ bool fits(int64_t pairs, int64_t bytes) const {
-    return block_coefficients(atoms, pairs) + pairs <= bytes;
+    return pairs <= kBlockTokens * kMaxSparsity &&
+           block_coefficients(atoms, pairs) + pairs <= bytes;
   }
 };
 
