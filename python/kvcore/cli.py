@@ -288,7 +288,7 @@ def _demo_parser(commands: Any) -> None:
     parser.add_argument(
         "--model", action="append", metavar="NAME", help="hybrid or control (default both)"
     )
-    parser.add_argument("--quick", action="store_true", help="less than a minute, wider intervals")
+    parser.add_argument("--quick", action="store_true", help="fewer tokens, wider intervals")
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     parser.add_argument(
         "--plot",
