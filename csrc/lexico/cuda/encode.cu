@@ -92,6 +92,7 @@ void encode(const EncodeParams& p) {
   at(candidates, args.candidates);
   args.num_counts = plan.num_chunks * counts_of_chunk;
   args.num_stages = static_cast<int>(plan.num_stages);
+  args.resident_ctas = static_cast<int>(plan.resident_ctas);
   args.select_ctas = static_cast<int>(plan.select_ctas);
   pack(args);
   for (int64_t chunk = 0; chunk < plan.num_chunks; ++chunk) {

@@ -67,22 +67,23 @@ struct EncodeArgs {
   int64_t first_vector;    // of the chunk; in slot 0
   int64_t num_vectors;     // of the chunk
   int num_stages;
-  int select_ctas;
+  int resident_ctas;  // of a search
+  int select_ctas;    // of a launch of it
 };
 
 // Doubles of the inverse factor of a slot: the rows of a triangle, one after the other.
 constexpr int triangle(int rows) { return rows * (rows + 1) / 2; }
 constexpr int inverse_stride(int sparsity) { return (triangle(sparsity) + 1) / 2 * 2; }
 
-/// How a search is spread: every tile of kSelectRows vectors by every part of the dictionary. While
-/// there are fewer tiles than CTAs, the dictionary is split, so that all have work.
+/// How a search is spread: every tile of kSelectRows vectors by every part of the dictionary, an
+/// item for each CTA.
 struct SearchItems {
   int num_tiles, num_parts;
 
   __device__ SearchItems(const EncodeArgs& args, int num_active)
       : num_tiles((num_active + kSelectRows - 1) / kSelectRows),
-        num_parts(num_tiles == 0 ? 0 : max(1, min(args.num_stages, args.select_ctas / num_tiles))) {
-  }
+        num_parts(num_tiles == 0 ? 0
+                                 : search_parts(num_tiles, args.num_stages, args.resident_ctas)) {}
   __device__ int count() const { return num_tiles * num_parts; }
   __device__ int item(int tile, int part) const { return part * num_tiles + tile; }
   __device__ int tile(int item) const { return item % num_tiles; }

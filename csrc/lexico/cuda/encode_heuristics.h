@@ -32,7 +32,32 @@ constexpr int kSelectStages = 4;
 
 // CTAs of a multiprocessor: two where the registers leave room, so that one multiplies while the
 // other one waits at a barrier or finishes.
-constexpr int select_ctas(int head_dim) { return head_dim <= 64 ? 2 : 1; }
+constexpr int ctas_per_multiprocessor(int head_dim) { return head_dim <= 64 ? 2 : 1; }
+
+// Times that the CTAs of a search fill the multiprocessors, at most.
+constexpr int kMaxWaves = 4;
+// What a CTA takes to begin and to end, in stages: a trip to L2 for its vectors and its first
+// stage, and merging.
+constexpr int kStartStages = 2;
+
+/// Into how many parts the dictionary is split for so many tiles of vectors, at most resident_ctas:
+/// where that leaves multiprocessors idle in the only wave, several waves of smaller parts take
+/// less time. 94 tiles on 132 multiprocessors: 3 waves of 16 stages, not one of 64.
+constexpr int search_parts(int num_tiles, int num_stages, int resident_ctas) {
+  int best = 1, least = num_stages + kStartStages;
+  for (int waves = 1; waves <= kMaxWaves; ++waves) {
+    const int fitting = waves * resident_ctas / num_tiles;
+    const int parts = fitting < num_stages ? fitting : num_stages;
+    const int cost = waves * ((num_stages + parts - 1) / parts + kStartStages);
+    if (cost < least) {
+      best = parts;
+      least = cost;
+    }
+  }
+  return best;
+}
+static_assert(search_parts(132, 64, 132) == 1 && search_parts(94, 64, 132) == 4);
+static_assert(search_parts(1, 64, 132) == 64 && search_parts(47, 64, 132) == 5);
 
 // ---- Steps
 
@@ -47,10 +72,11 @@ constexpr int64_t kMaxStateBytes = int64_t{256} << 20;
 
 struct EncodePlan {
   int64_t num_vectors;
-  int64_t capacity;     // vectors in work at a time, a multiple of kSelectRows
-  int64_t num_chunks;   // num_vectors / capacity, rounded up
-  int64_t num_stages;   // of the dictionary
-  int64_t select_ctas;  // of a launch of the search
+  int64_t capacity;       // vectors in work at a time, a multiple of kSelectRows
+  int64_t num_chunks;     // num_vectors / capacity, rounded up
+  int64_t num_stages;     // of the dictionary
+  int64_t resident_ctas;  // of the search, at a time
+  int64_t select_ctas;    // of a launch of the search
 };
 
 inline EncodePlan encode_plan(const EncodeParams& p, int sm_count, int64_t state_bytes) {
@@ -58,7 +84,7 @@ inline EncodePlan encode_plan(const EncodeParams& p, int sm_count, int64_t state
   const int head_dim = static_cast<int>(p.head_dim);
   const int64_t num_vectors = p.batch * p.heads * p.tokens;
   const int64_t num_stages = ceil_div(p.atoms, stage_atoms(head_dim));
-  const int64_t ctas = int64_t{sm_count} * select_ctas(head_dim);
+  const int64_t ctas = int64_t{sm_count} * ctas_per_multiprocessor(head_dim);
   // A tile for each CTA, unless that is too much memory or more than there are.
   const int64_t fitting = std::max<int64_t>(kMaxStateBytes / state_bytes / kSelectRows, 1);
   const int64_t tiles = std::min({ctas, fitting, ceil_div(num_vectors, kSelectRows)});
@@ -66,7 +92,8 @@ inline EncodePlan encode_plan(const EncodeParams& p, int sm_count, int64_t state
           .capacity = tiles * kSelectRows,
           .num_chunks = ceil_div(num_vectors, tiles * kSelectRows),
           .num_stages = num_stages,
-          .select_ctas = std::min(ctas, tiles * num_stages)};
+          .resident_ctas = ctas,
+          .select_ctas = std::min(kMaxWaves * ctas, tiles * num_stages)};
 }
 
 }  // namespace kvcore::lexico

@@ -4,9 +4,9 @@
 //
 //              part 0        part 1       ...      a work item: a tile of 256 vectors by a part
 //   tile 0   [warp 0: 32 vectors]                  of the dictionary; a CTA of 8 warps takes
-//            [warp 1: 32        ]                  items in turn. Residuals are B operands, in
-//            ...                                   registers for the whole item; stages of the
-//   tile 1                                         dictionary pass through shared memory.
+//            [warp 1: 32        ]                  one. Residuals are B operands, in registers;
+//            ...                                   stages of the dictionary pass through shared
+//   tile 1                                         memory.
 //
 // Sums are those of an mma's own order over 16 channels, then over groups of 16 channels: the
 // candidates of a vector depend neither on its row, nor on the other rows, nor on the parts.
@@ -132,7 +132,7 @@ __device__ __forceinline__ void search_stage(const ResidualFragments<kHeadDim>& 
 }
 
 template <int kHeadDim>
-__global__ void __launch_bounds__(kSelectThreads, select_ctas(kHeadDim))
+__global__ void __launch_bounds__(kSelectThreads, ctas_per_multiprocessor(kHeadDim))
     encode_select_kernel(const __grid_constant__ EncodeArgs args, int step) {
   static_assert(select_smem_bytes(kHeadDim) <= kPortableSmemBytes);
   constexpr int kSize = stage_bytes(kHeadDim) / static_cast<int>(sizeof(uint4));
@@ -141,57 +141,55 @@ __global__ void __launch_bounds__(kSelectThreads, select_ctas(kHeadDim))
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int num_active = args.counts[step];
   const SearchItems items(args, num_active);
-  for (int item = static_cast<int>(blockIdx.x); item < items.count(); item += gridDim.x) {
-    const int first_row = items.tile(item) * kSelectRows + warp * kWarpRows;
-    const int part = items.part(item);
-    const int begin = static_cast<int>(int64_t{part} * args.num_stages / items.num_parts);
-    const int end = static_cast<int>(int64_t{part + 1} * args.num_stages / items.num_parts);
+  const int item = static_cast<int>(blockIdx.x);
+  if (item >= items.count()) return;
+  const int first_row = items.tile(item) * kSelectRows + warp * kWarpRows;
+  const int part = items.part(item);
+  const int begin = static_cast<int>(int64_t{part} * args.num_stages / items.num_parts);
+  const int end = static_cast<int>(int64_t{part + 1} * args.num_stages / items.num_parts);
 #pragma unroll
-    for (int i = 0; i < kSelectStages - 1; ++i) {
-      if (begin + i < end) start_stage<kHeadDim>(args, begin + i, smem + i * kSize);
-      cp_async_commit();
-    }
-    ResidualFragments<kHeadDim> residuals;
-    residuals.load(args, args.lists[step % 2], first_row, num_active, lane);
-    LaneBest best[kLaneVectors] = {};
-    WindowBest window[kLaneVectors] = {};
-    int first_number = 0, first_atom = begin * stage_atoms(kHeadDim) + lane / 4;
+  for (int i = 0; i < kSelectStages - 1; ++i) {
+    if (begin + i < end) start_stage<kHeadDim>(args, begin + i, smem + i * kSize);
+    cp_async_commit();
+  }
+  ResidualFragments<kHeadDim> residuals;
+  residuals.load(args, args.lists[step % 2], first_row, num_active, lane);
+  LaneBest best[kLaneVectors] = {};
+  WindowBest window[kLaneVectors] = {};
+  int first_number = 0, first_atom = begin * stage_atoms(kHeadDim) + lane / 4;
 
-    for (int stage = begin; stage < end; ++stage) {
-      cp_async_wait<kSelectStages - 2>();
-      __syncthreads();
-      // Into the place of the stage before, which everyone has left.
-      const int next = stage + kSelectStages - 1;
-      if (next < end) {
-        start_stage<kHeadDim>(args, next, smem + (next - begin) % kSelectStages * kSize);
-      }
-      cp_async_commit();
-      if (first_row >= num_active) continue;
-      search_stage(residuals, smem + (stage - begin) % kSelectStages * kSize, lane,
-                   static_cast<uint32_t>(first_number), window);
-      first_number += stage_numbers(kHeadDim);
-      if (first_number < kWindowNumbers && stage + 1 < end) continue;
-#pragma unroll
-      for (int i = 0; i < kLaneVectors; ++i) {
-        best[i].add(window[i], first_atom);
-        window[i] = {{0, 0}};
-      }
-      first_atom += first_number * 8;
-      first_number = 0;
+  for (int stage = begin; stage < end; ++stage) {
+    cp_async_wait<kSelectStages - 2>();
+    __syncthreads();
+    // Into the place of the stage before, which everyone has left.
+    const int next = stage + kSelectStages - 1;
+    if (next < end) {
+      start_stage<kHeadDim>(args, next, smem + (next - begin) % kSelectStages * kSize);
     }
-    __syncthreads();  // before the next item's copies
-
+    cp_async_commit();
+    if (first_row >= num_active) continue;
+    search_stage(residuals, smem + (stage - begin) % kSelectStages * kSize, lane,
+                 static_cast<uint32_t>(first_number), window);
+    first_number += stage_numbers(kHeadDim);
+    if (first_number < kWindowNumbers && stage + 1 < end) continue;
 #pragma unroll
     for (int i = 0; i < kLaneVectors; ++i) {
-      Candidates found{{best[i].key(0), best[i].key(1)}};
+      best[i].add(window[i], first_atom);
+      window[i] = {{0, 0}};
+    }
+    first_atom += first_number * 8;
+    first_number = 0;
+  }
 #pragma unroll
-      for (int distance = 4; distance < kWarpSize; distance *= 2) {
-        found = merge_with_lane(found, distance);
-      }
-      const int row = first_row + i / 2 * 8 + lane % 4 * 2 + i % 2;
-      if (lane / 4 == i && row < num_active) {
-        args.candidates[int64_t{item} * kSelectRows + row % kSelectRows] = found;
-      }
+  for (int i = 0; i < kLaneVectors; ++i) {
+    Candidates found{{best[i].key(0), best[i].key(1)}};
+#pragma unroll
+    for (int distance = 4; distance < kWarpSize; distance *= 2) {
+      found = merge_with_lane(found, distance);
+    }
+    const int row = first_row + i / 2 * 8 + lane % 4 * 2 + i % 2;
+    if (lane / 4 == i && row < num_active) {
+      args.candidates[int64_t{item} * kSelectRows + row % kSelectRows] = found;
     }
   }
 }

@@ -85,7 +85,7 @@ __device__ __forceinline__ void multiply_atoms(const EncodeParams& p, const Step
 }
 
 /// Adds an atom whose products are in m.products to the factor, its row of the inverse at the end
-/// of m.inverse; false, without that, if it lies in the span of the others. `component_of` is its
+/// of m.inverse; false, without that, if it lies in the span of the others. `product` is its
 /// product with the residual; m.change becomes what all coefficients change by.
 __device__ __forceinline__ bool append_atom(const StepMemory& m, int count, double product,
                                             int lane) {
@@ -130,20 +130,19 @@ template <int kQuads>
 __device__ __forceinline__ Choice<kQuads> choose(const EncodeParams& p, const Candidates& found,
                                                  const Row<kQuads>& residual, int lane) {
   const int head_dim = static_cast<int>(p.head_dim);
-  const int atoms[2] = {atom_of(found.key[0]), atom_of(found.key[1])};
-  Choice<kQuads> best{-1, 0, {}};
+  Choice<kQuads> choices[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    if (atoms[i] < 0) continue;
-    const Row<kQuads> row =
-        load_row<kQuads>(p.dictionary + int64_t{atoms[i]} * head_dim, head_dim, lane);
-    const float product = warp_sum(dot_part(row, residual));
-    const float magnitude = fabsf(product), other = fabsf(best.product);
-    if (best.atom < 0 || magnitude > other || (magnitude == other && atoms[i] < best.atom)) {
-      best = {atoms[i], product, row};
-    }
+    choices[i].atom = atom_of(found.key[i]);
+    // In the place of none a row that is there: both loads are on their way together.
+    const int64_t atom = max(choices[i].atom, 0);
+    choices[i].row = load_row<kQuads>(p.dictionary + atom * head_dim, head_dim, lane);
+    choices[i].product = warp_sum(dot_part(choices[i].row, residual));
   }
-  return best;
+  const float first = fabsf(choices[0].product), second = fabsf(choices[1].product);
+  const bool is_second = choices[1].atom >= 0 &&
+                         (second > first || (second == first && choices[1].atom < choices[0].atom));
+  return is_second ? choices[1] : choices[0];
 }
 
 /// The candidates of row `at` of the list, those of all parts merged.
@@ -193,6 +192,7 @@ __device__ inline bool step_vector(const EncodeArgs& args, const SearchItems& it
     is_done = !append_atom(m, count, product, lane);
   }
   if (!is_done) {
+#pragma unroll 4
     for (int j = 0; j < count; ++j) {
       const float* atom = p.dictionary + int64_t{m.atoms[j]} * head_dim;
       add_row(residual, static_cast<float>(-m.change[j]), load_row<kQuads>(atom, head_dim, lane));
