@@ -4,7 +4,7 @@
 
 #include "core/cuda/rows.cuh"
 #include "lexico/cuda/encode_finish.cuh"
-#include "lexico/cuda/encode_rows.cuh"
+#include "lexico/cuda/atom_rows.cuh"
 
 namespace kvcore::lexico {
 

@@ -11,7 +11,7 @@
 #pragma once
 
 #include "lexico/cuda/encode_finish.cuh"
-#include "lexico/cuda/encode_rows.cuh"
+#include "lexico/cuda/atom_rows.cuh"
 
 namespace kvcore::lexico {
 

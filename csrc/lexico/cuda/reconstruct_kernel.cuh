@@ -2,9 +2,9 @@
 // 16 bytes a lane, from L2, and writes one row; it is for code that cannot work on the codes.
 #pragma once
 
-#include "core/cuda/copy.cuh"
 #include "core/cuda/error_flags.cuh"
 #include "core/cuda/rows.cuh"
+#include "lexico/cuda/atom_rows.cuh"
 #include "lexico/cuda/coefficients.cuh"
 
 namespace kvcore::lexico {
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kReconstructWarps* kWarpSize)
   if (vector_idx >= p.batch * p.heads * p.tokens) return;
   const int sparsity = static_cast<int>(p.sparsity), head_dim = static_cast<int>(p.head_dim);
   constexpr int kQuads = kMaxHeadDim / 128;
-  float sums[kQuads][4] = {};
+  Row<kQuads> sum = {};
   bool is_valid = true;
   for (int first = 0; first < sparsity; first += kWarpSize) {
     const int64_t at = vector_idx * sparsity + first + lane;
@@ -43,30 +43,22 @@ __global__ void __launch_bounds__(kReconstructWarps* kWarpSize)
       is_valid = false;
       break;
     }
+#pragma unroll 4
     for (int j = 0; j < min(kWarpSize, sparsity - first); ++j) {
       const float factor = __shfl_sync(kAllLanes, value, j);
       const float* atom = p.dictionary + int64_t{__shfl_sync(kAllLanes, index, j)} * head_dim;
-#pragma unroll
-      for (int q = 0; q < kQuads; ++q) {
-        const int channel = 4 * lane + 128 * q;
-        if (channel >= head_dim) continue;
-        const uint4 bits = load_16(atom + channel);
-        sums[q][0] = __fmaf_rn(factor, __uint_as_float(bits.x), sums[q][0]);
-        sums[q][1] = __fmaf_rn(factor, __uint_as_float(bits.y), sums[q][1]);
-        sums[q][2] = __fmaf_rn(factor, __uint_as_float(bits.z), sums[q][2]);
-        sums[q][3] = __fmaf_rn(factor, __uint_as_float(bits.w), sums[q][3]);
-      }
+      add_row(sum, factor, load_row<kQuads>(atom, head_dim, lane));
     }
   }
   // Last, so that a scale of NaN reaches a vector without coefficients.
   const float scale = is_valid ? to_float(Half{p.scale[vector_idx]}) : NAN;
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) {
-    const int channel = 4 * lane + 128 * q;
+    const int channel = quad_channel(lane, q);
     if (channel >= head_dim) continue;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sums[q][i] *= scale;
-    store_output(p.out, vector_idx * head_dim, channel, sums[q]);
+    for (int i = 0; i < 4; ++i) sum.x[q][i] *= scale;
+    store_output(p.out, vector_idx * head_dim, channel, sum.x[q]);
   }
 }
 
