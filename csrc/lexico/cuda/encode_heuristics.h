@@ -65,6 +65,10 @@ static_assert(search_parts(1, 64, 132) == 64 && search_parts(47, 64, 132) == 5);
 // sparsity 64: 74 KB.
 constexpr int kStepWarps = 4;
 
+// CTAs of a step that the registers must leave room for on a multiprocessor. Told nothing, ptxas
+// keeps the smaller kernel to 56 registers for sm_120 and spills; at 80 it does not.
+constexpr int step_ctas(int quads) { return quads == 1 ? 6 : 1; }
+
 // Scratch memory of all vectors in work at most. Two thirds of it are used at head_dim 128 and
 // sparsity 32, where every multiprocessor of an H200 has its 256 vectors; at sparsity 64 it serves
 // half as many, and each tile's search is split in two.

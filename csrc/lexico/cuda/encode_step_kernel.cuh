@@ -10,8 +10,8 @@
 // residual by as much of each atom.
 #pragma once
 
-#include "lexico/cuda/encode_finish.cuh"
 #include "lexico/cuda/atom_rows.cuh"
+#include "lexico/cuda/encode_finish.cuh"
 
 namespace kvcore::lexico {
 
@@ -229,7 +229,7 @@ __device__ inline bool step_vector(const EncodeArgs& args, const SearchItems& it
 }
 
 template <int kQuads>
-__global__ void __launch_bounds__(kStepWarps* kWarpSize)
+__global__ void __launch_bounds__(kStepWarps* kWarpSize, step_ctas(kQuads))
     encode_step_kernel(const __grid_constant__ EncodeArgs args, int step) {
   const int num_active = args.counts[step];
   if (static_cast<int>(blockIdx.x) * kStepWarps >= num_active) return;
