@@ -3,8 +3,8 @@
 #pragma once
 
 #include "core/cuda/rows.cuh"
-#include "lexico/cuda/encode_finish.cuh"
 #include "lexico/cuda/atom_rows.cuh"
+#include "lexico/cuda/encode_finish.cuh"
 
 namespace kvcore::lexico {
 
