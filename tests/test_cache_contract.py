@@ -3,11 +3,15 @@
 The long run: ``pytest -m slow tests/test_cache_contract.py``.
 """
 
+import copy
+import functools
 import random
 
 import pytest
 import torch
 
+import hf_models
+import kvcore
 from cache_tools import (
     HEAD_DIM,
     HEADS,
@@ -20,9 +24,10 @@ from cache_tools import (
     turbo_layer,
 )
 from compare import relative_l2
-from kvcore.cache import TurboSettings
+from kvcore.cache import LexicoLayer, LexicoSettings, TurboSettings
 from kvcore.cache.padding import PaddingTracker
 from kvcore.cache.static_layer import StaticTurboLayer
+from kvcore.hf.attention import exact_attention
 
 SHORT_SEEDS, LONG_SEEDS, SEEDS_PER_TEST = 240, 10_000, 250
 MAX_TOKENS = 600
@@ -32,37 +37,26 @@ MAX_TOKENS = 600
 DENSE_TOLERANCE = {True: 0.02, False: 0.04}
 
 
-class Run:
-    """One random sequence of calls."""
+class Calls:
+    """One random sequence of calls on a layer. A subclass makes it, mirrors it and checks it."""
 
-    def __init__(self, seed, static):
+    static = False
+    max_tokens = MAX_TOKENS
+    steps = (1, 1, 1, 2, 5, 33, 63, 64, 65, 130)
+
+    def __init__(self, seed):
         self.rng = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
-        self.static = static
-        self.settings = TurboSettings(
-            k_bits=self.rng.choice([8, 4, 2]),
-            v_bits=self.rng.choice([8, 4, 2]),
-            sink_pages=self.rng.choice([0, 1, 2]),
-            low_bit_heads=self.rng.choice([0.0, 0.0, 0.5]),
-        )
         self.tracker = PaddingTracker()
-        if static:
-            self.layer = StaticTurboLayer(self.settings, self.tracker, max_cache_len=MAX_TOKENS)
-            self.tracker.native = True
-        else:
-            self.layer = turbo_layer()
-            self.layer.settings, self.layer.tracker = self.settings, self.tracker
-        self.batch = self.rng.choice([1, 2, 3])
-        self.begin()
 
     def begin(self):
-        self.mirrors = [Mirror(self.settings) for _ in range(self.batch)]
+        self.mirrors = [self.make_mirror() for _ in range(self.batch)]
         self.padding = [0] * self.batch
         self.tokens = 0
 
     def update(self):
-        num_new = self.rng.choice([1, 1, 1, 2, 5, 33, 63, 64, 65, 130])
-        if self.tokens + num_new > MAX_TOKENS:
+        num_new = self.rng.choice(self.steps)
+        if self.tokens + num_new > self.max_tokens:
             return
         k, v = random_kv(self.generator, self.batch, num_new)
         new_padding = [0] * self.batch
@@ -78,41 +72,19 @@ class Run:
             self.fail(k, v)
         # What the last update left of a mask must not matter any more.
         returned = self.layer.update(k, v)
-        was_quantized = self.mirrors[0].tensors is not None
-        for b, mirror in enumerate(self.mirrors):
-            mirror.append(torch.stack([k[b], v[b]])[:, :, new_padding[b] :])
-            self.padding[b] += new_padding[b]
         self.tokens += num_new
-        longest = max(self.tokens - padding for padding in self.padding)
-        if not self.static:
-            assert (self.layer.store is not None) == (was_quantized or longest >= 64)
-        begun = self.layer.store is not None and self.layer.store.is_calibrated
-        if begun and not was_quantized:
-            lens = [self.tokens - padding for padding in self.padding]
-            donor = self.mirrors[lens.index(longest)]
-            donor.quantize(self.layer.store.head_bits)
-            for mirror, length in zip(self.mirrors, lens, strict=True):
-                if mirror is not donor:
-                    own = length >= min(64, longest)
-                    mirror.quantize(self.layer.store.head_bits, None if own else donor)
-            if not self.static:
-                self.check_exact(returned)
-            elif self.tokens == num_new:
-                assert torch.equal(returned[0], k)
-        elif not was_quantized and not self.static:
-            self.check_exact(returned)
+        self.updated(torch.stack([k, v]), returned, new_padding)
 
-    def check_exact(self, returned):
-        for b, mirror in enumerate(self.mirrors):
-            both = torch.stack([returned[0][b], returned[1][b]])[:, :, self.padding[b] :]
-            assert torch.equal(both, mirror.dense)
+    def takes_memory(self, num_new):
+        return True
 
     def fail(self, k, v):
         """An update that is refused or runs out of memory changes nothing."""
         before = snapshot(self.layer)
-        with pytest.raises(torch.OutOfMemoryError), FailingAllocation(0):
-            self.layer.update(k, v)
-        assert_unchanged(self.layer, before)
+        if self.takes_memory(k.shape[2]):
+            with pytest.raises(torch.OutOfMemoryError), FailingAllocation(0):
+                self.layer.update(k, v)
+            assert_unchanged(self.layer, before)
         if before["initialized"]:
             with pytest.raises(ValueError, match="key_states must have dtype"):
                 self.layer.update(k.half(), v.half())
@@ -129,8 +101,7 @@ class Run:
         self.layer.crop(left if by_length else left - self.tokens)
         self.padding = [min(padding, left) for padding in self.padding]
         self.tokens = left
-        for mirror, padding in zip(self.mirrors, self.padding, strict=True):
-            mirror.crop(left - padding)
+        self.cropped(left)
 
     def choose(self, indices):
         self.mirrors = [self.mirrors[i].copy() for i in indices]
@@ -162,6 +133,74 @@ class Run:
     def reset(self):
         self.layer.reset()
         self.begin()
+
+    def go(self, calls=14):
+        actions = [self.update] * 6 + [self.crop] * 2 + [self.reorder, self.select, self.repeat]
+        for call in range(calls):
+            action = self.rng.choice(actions) if call else self.update
+            if self.rng.random() < 0.02:
+                action = self.reset
+            action()
+            self.check()
+
+
+class Run(Calls):
+    """Calls on a layer of a TurboCache."""
+
+    def __init__(self, seed, static):
+        super().__init__(seed)
+        self.static = static
+        self.settings = TurboSettings(
+            k_bits=self.rng.choice([8, 4, 2]),
+            v_bits=self.rng.choice([8, 4, 2]),
+            sink_pages=self.rng.choice([0, 1, 2]),
+            low_bit_heads=self.rng.choice([0.0, 0.0, 0.5]),
+        )
+        if static:
+            self.layer = StaticTurboLayer(self.settings, self.tracker, max_cache_len=MAX_TOKENS)
+            self.tracker.native = True
+        else:
+            self.layer = turbo_layer()
+            self.layer.settings, self.layer.tracker = self.settings, self.tracker
+        self.batch = self.rng.choice([1, 2, 3])
+        self.begin()
+
+    def make_mirror(self):
+        return Mirror(self.settings)
+
+    def updated(self, kv, returned, new_padding):
+        num_new = kv.shape[3]
+        was_quantized = self.mirrors[0].tensors is not None
+        for b, mirror in enumerate(self.mirrors):
+            mirror.append(kv[:, b, :, new_padding[b] :])
+            self.padding[b] += new_padding[b]
+        longest = max(self.tokens - padding for padding in self.padding)
+        if not self.static:
+            assert (self.layer.store is not None) == (was_quantized or longest >= 64)
+        begun = self.layer.store is not None and self.layer.store.is_calibrated
+        if begun and not was_quantized:
+            lens = [self.tokens - padding for padding in self.padding]
+            donor = self.mirrors[lens.index(longest)]
+            donor.quantize(self.layer.store.head_bits)
+            for mirror, length in zip(self.mirrors, lens, strict=True):
+                if mirror is not donor:
+                    own = length >= min(64, longest)
+                    mirror.quantize(self.layer.store.head_bits, None if own else donor)
+            if not self.static:
+                self.check_exact(returned)
+            elif self.tokens == num_new:
+                assert torch.equal(returned[0], kv[0])
+        elif not was_quantized and not self.static:
+            self.check_exact(returned)
+
+    def check_exact(self, returned):
+        for b, mirror in enumerate(self.mirrors):
+            both = torch.stack([returned[0][b], returned[1][b]])[:, :, self.padding[b] :]
+            assert torch.equal(both, mirror.dense)
+
+    def cropped(self, left):
+        for mirror, padding in zip(self.mirrors, self.padding, strict=True):
+            mirror.crop(left - padding)
 
     def check(self):
         layer = self.layer
@@ -219,35 +258,157 @@ class Run:
         used = sum(store.pool.num_used(bits) for bits in (8, 4, 2))
         assert used == len(owners)
 
-    def go(self, calls=14):
-        actions = [self.update] * 6 + [self.crop] * 2 + [self.reorder, self.select, self.repeat]
-        for call in range(calls):
-            action = self.rng.choice(actions) if call else self.update
-            if self.rng.random() < 0.02:
-                action = self.reset
-            action()
-            self.check()
+
+class LexicoMirror:
+    """One sequence, padding as zeros: its tokens as they came and as they are coded."""
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.dense = self.coded = torch.empty(2, HEADS, 0, HEAD_DIM)
+
+    def copy(self):
+        return copy.deepcopy(self)
+
+    def append(self, kv, new_padding):
+        """A vector's codes depend on nothing else, so all are made at once."""
+        kv = kv.clone()
+        kv[:, :, :new_padding] = 0
+        sparsities = (self.settings.k_sparsity, self.settings.v_sparsity)
+        tolerances = (self.settings.k_tolerance, self.settings.v_tolerance)
+        rebuilt = []
+        for x, atoms, sparsity, tolerance in zip(
+            kv, hf_models.dictionaries("llama")[0], sparsities, tolerances, strict=True
+        ):
+            codes = kvcore.lexico_encode(x[None], atoms, sparsity=sparsity, tolerance=tolerance)
+            rebuilt.append(kvcore.lexico_reconstruct(*codes[:3], atoms)[0])
+        self.dense = torch.cat([self.dense, kv], 2)
+        self.coded = torch.cat([self.coded, torch.stack(rebuilt)], 2)
+
+    def crop(self, length):
+        self.dense, self.coded = self.dense[:, :, :length], self.coded[:, :, :length]
 
 
-def run(seed, static):
+class LexicoRun(Calls):
+    """Calls on a layer of a LexicoCache, some of them over the end of a block."""
+
+    max_tokens = 4096 + MAX_TOKENS
+
+    def __init__(self, seed):
+        super().__init__(seed)
+        self.settings = LexicoSettings(
+            k_sparsity=self.rng.choice([1, 3]),
+            v_sparsity=self.rng.choice([1, 4]),
+            k_tolerance=self.rng.choice([0.0, 0.5]),
+            v_tolerance=self.rng.choice([0.0, 0.5]),
+            buffer_tokens=self.rng.choice([0, 5, 40]),
+            encode_tokens=self.rng.choice([1, 8, 32]),
+        )
+        self.layer = LexicoLayer(self.settings, hf_models.dictionaries("llama"), self.tracker)
+        self.batch = self.rng.choice([1, 2, 3])
+        self.begin()
+        if self.rng.random() < 0.1:
+            self.batch = 1
+            self.begin()
+            self.steps = (*self.steps, 4000)
+
+    def begin(self):
+        super().begin()
+        self.num_coded = 0
+        self.is_first = True
+
+    def make_mirror(self):
+        return LexicoMirror(self.settings)
+
+    def updated(self, kv, returned, new_padding):
+        num_new = kv.shape[3]
+        for b, mirror in enumerate(self.mirrors):
+            mirror.append(kv[:, b], new_padding[b])
+            self.padding[b] += new_padding[b]
+        for i in range(2):
+            # Exactly the caller's while all of a token is read as it came.
+            for b, x in enumerate(returned[i]):
+                fresh = kv[i, b, :, new_padding[b] :]
+                assert torch.equal(x[:, x.shape[1] - fresh.shape[1] :], fresh)
+        if self.is_first:
+            assert torch.equal(returned[0], kv[0])
+            self.is_first = False
+        # When what is coded, by the rule and not by the code.
+        held = self.tokens - num_new - self.num_coded
+        few, many = self.settings.buffer_tokens, self.settings.encode_tokens
+        if held + num_new > few + many:
+            at_once = min(many, held)
+            self.num_coded = self.tokens - few if num_new > many else self.num_coded + at_once
+
+    def takes_memory(self, num_new):
+        held = self.tokens - self.num_coded
+        return self.is_first or held + num_new > self.settings.capacity
+
+    def cropped(self, left):
+        self.num_coded = min(self.num_coded, left)
+        for mirror in self.mirrors:
+            mirror.crop(left)
+
+    def check(self):
+        layer = self.layer
+        assert layer.get_seq_length() == self.tokens
+        if layer.keys is None:
+            return
+        assert layer.store.codes.num_tokens == self.num_coded
+        assert len(layer.store.codes.blocks) == self.num_coded // 4096
+        assert layer.store.lens().tolist() == [self.tokens - padding for padding in self.padding]
+        both = stored(layer)
+        assert both.shape == (2, self.batch, HEADS, self.tokens, HEAD_DIM)
+        for b, mirror in enumerate(self.mirrors):
+            assert torch.equal(
+                both[:, b, :, self.num_coded :], mirror.dense[:, :, self.num_coded :]
+            )
+            mine, other = (x[..., : self.num_coded, :] for x in (both[:, b], mirror.coded))
+            error = (mine - other).norm(dim=-1)
+            # The search depends on how many vectors there are: of equally good atoms another one.
+            wrong = (error > 1e-4 * other.norm(dim=-1).clamp(min=1)).sum()
+            assert wrong <= 0.002 * error.numel(), f"sequence {b}"
+        if self.tokens and self.rng.random() < 0.3:
+            self.check_attention(both)
+
+    def check_attention(self, both):
+        q_len = self.rng.choice([n for n in (1, 3) if n <= self.tokens])
+        query = torch.randn(self.batch, 2 * HEADS, q_len, HEAD_DIM, generator=self.generator)
+        out = self.layer.keys.snapshot.attend(query, scale=None, causal=True).transpose(1, 2)
+        shown = torch.ones(q_len, self.tokens, dtype=torch.bool).tril(self.tokens - q_len)
+        shown = shown & (torch.arange(self.tokens) >= torch.tensor(self.padding)[:, None, None])
+        expected, _ = exact_attention(query, *both, shown[:, None], scaling=None)
+        for b in range(self.batch):
+            # A query that is padding sees nothing.
+            real = slice(max(0, self.padding[b] - self.tokens + q_len), None)
+            assert torch.allclose(out[b, real], expected[b, real], rtol=1e-3, atol=1e-4)
+
+
+RUNS = {
+    "dynamic": functools.partial(Run, static=False),
+    "static": functools.partial(Run, static=True),
+    "lexico": LexicoRun,
+}
+
+
+def run(seed, kind):
     try:
-        Run(seed, static).go()
+        RUNS[kind](seed).go()
     except BaseException as error:
-        error.add_note(f"Run({seed}, static={static}).go()") if hasattr(error, "add_note") else None
+        error.add_note(f"RUNS[{kind!r}]({seed}).go()") if hasattr(error, "add_note") else None
         raise
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("kind", RUNS)
 @pytest.mark.parametrize("part", range(4))
-def test_random_calls(part, static):
+def test_random_calls(part, kind):
     share = SHORT_SEEDS // 4
     for seed in range(part * share, (part + 1) * share):
-        run(seed, static)
+        run(seed, kind)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("kind", RUNS)
 @pytest.mark.parametrize("part", range(LONG_SEEDS // SEEDS_PER_TEST))
-def test_random_calls_long(part, static):
+def test_random_calls_long(part, kind):
     for seed in range(part * SEEDS_PER_TEST, (part + 1) * SEEDS_PER_TEST):
-        run(1_000_000 + seed, static)
+        run(1_000_000 + seed, kind)
