@@ -52,6 +52,13 @@ class Scan:
         return len(self.lengths) if self.lengths else self.batch
 
     @property
+    def macs(self) -> int:
+        """Multiply-adds of the products with the state and within chunks."""
+        per_token = 3 * self.k_dim * self.v_dim + 64 * (self.k_dim + self.v_dim)
+        batch = 1 if self.lengths else self.batch
+        return batch * self.tokens * self.v_heads * per_token
+
+    @property
     def cu_seqlens(self) -> Tensor | None:
         if not self.lengths:
             return None
@@ -159,4 +166,12 @@ ISA_SCANS = [
     Scan(100, 128, 80, 1, 2, dtype=BF16, v_first=True),
     Scan(30, 48, 16, 2, 2, 2, dtype=F16),
     Scan(lengths=(0, 3, 70), k_dim=256, v_dim=256, k_heads=1, v_heads=1),
+]
+# The same for the CUDA kernels' source on the host: their instances, packed and copied inputs.
+SIMT_SCANS = [
+    Scan(5, 16, 16, 1, 1),
+    Scan(66, 16, 16, 1, 2, dtype=BF16, in_op_gate=True, beta_max=2.0),
+    Scan(3, 144, 16, 1, 1),
+    Scan(3, 144, 16, 1, 1, dtype=BF16, v_first=True),
+    Scan(lengths=(0, 3, 65), k_dim=32, v_dim=16, k_heads=1, v_heads=1, dtype=F16),
 ]

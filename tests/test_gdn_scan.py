@@ -4,13 +4,15 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import cases
 import kvcore
-from cases import BF16, F32, normal
+from cases import BF16, CPU, F16, F32, each_backend, normal
 from compare import assert_bitwise_equal, assert_close
 from gdn_cases import (
     ISA_SCANS,
     MAX_ERROR,
     SCANS,
+    SIMT_SCANS,
     Scan,
     assert_near,
     doubles,
@@ -26,13 +28,26 @@ LONG_SCANS = [
 ]
 
 
-def scan(inputs, **options):
-    return kvcore.gdn_chunk_scan(*inputs, **options)
+# The CPU looks at values in device tensors and raises.
+each_device_backend = pytest.mark.parametrize(
+    "backend", [p for p in cases.BACKENDS if p.values[0] != CPU]
+)
 
 
-def check(case):
+def on(backend, inputs):
+    return [None if x is None else x.to(backend.device) for x in inputs]
+
+
+def scan(backend, inputs, **options):
+    """The results, on the CPU."""
+    return [x.cpu() for x in backend.ops.gdn_chunk_scan(*on(backend, inputs), **options)]
+
+
+def check(backend, case):
+    if not backend.runs(case.macs):
+        pytest.skip("too large for this backend")
     inputs = make_scan(case)
-    out, state, *_ = scan(inputs, **case.options)
+    out, state, *_ = scan(backend, inputs, **case.options)
     want, want_state = recurrence(inputs, **case.options)
     # The worst case for bf16: what correlated keys write nearly cancels.
     bound = 6e-3 if case.correlated and case.dtype == BF16 else MAX_ERROR[case.dtype]
@@ -42,110 +57,160 @@ def check(case):
     assert_near(state, want_state, bound, "final_state")
 
 
+@each_backend
 @pytest.mark.parametrize("case", SCANS, ids=str)
-def test_matches_reference(case):
-    check(case)
+def test_matches_reference(backend, case):
+    check(backend, case)
 
 
 @pytest.mark.isa
 @pytest.mark.asan
-@pytest.mark.parametrize("case", ISA_SCANS, ids=str)
-def test_matches_reference_at_every_isa_level(case):
-    check(case)
+@each_backend
+@pytest.mark.parametrize("case", SIMT_SCANS + ISA_SCANS, ids=str)
+def test_matches_reference_at_every_isa_level(backend, case):
+    # Those for the CPU's levels are among the other cases here, and take long under sanitizers.
+    if backend != CPU and case in ISA_SCANS:
+        pytest.skip("for the CPU")
+    check(backend, case)
 
 
+@each_backend
 @pytest.mark.parametrize("case", LONG_SCANS, ids=str)
-def test_long_sequences(case):
-    check(case)
+def test_long_sequences(backend, case):
+    check(backend, case)
 
 
+@each_backend
 @pytest.mark.parametrize("case", SCANS[:6] + SCANS[-12:], ids=str)
-def test_residuals_match_the_chunk_form(case):
+def test_residuals_match_the_chunk_form(backend, case):
     inputs = make_scan(case)
-    actual = scan(inputs, **case.options)[2:]
+    actual = scan(backend, inputs, **case.options)[2:]
     expected = reference.gdn_chunk_scan(*doubles(inputs), **case.options)[2:]
     for a, e, name in zip(actual, expected, ("g_cumsum", "x_inverse", "rstd"), strict=True):
         assert_close(a, e.float(), rtol=1e-5, atol=1e-5, name=name)
 
 
-def test_scale_and_plain_keys():
+@each_backend
+def test_scale_and_plain_keys(backend):
     case = Scan(70, dtype=F32)
     inputs = make_scan(case)
     inputs[1] = inputs[1] * 0.1  # unnormalised keys of unit size make the recurrence explode
     for options in ({}, {"scale": 1.0}, {"scale": -0.5}, {"scale": 0.0}):
-        out, state, *_ = scan(inputs, **options)
+        out, state, *_ = scan(backend, inputs, **options)
         want, want_state = recurrence(inputs, **options)
         assert_near(out, want, 1e-5, "out")
         assert_near(state, want_state, 1e-5, "final_state")
 
 
+@each_backend
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_sizes_of_values(backend, dtype, size):
+    case = Scan(70, 32, 16, dtype=dtype)
+    inputs = make_scan(case)
+    inputs[2], inputs[7] = inputs[2] * size, inputs[7] * size
+    out, state, *_ = scan(backend, inputs, **case.options)
+    want, want_state = recurrence(inputs, **case.options)
+    assert_near(out, want, MAX_ERROR[dtype], "out")
+    assert_near(state, want_state, MAX_ERROR[dtype], "final_state")
+
+
+@each_backend
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("value", [0.0, -100.0, -1e30])
-def test_extreme_gates(dtype, value):
+def test_extreme_gates(backend, dtype, value):
     inputs = make_scan(Scan(130, dtype=dtype))
     inputs[3] = torch.full_like(inputs[3], value)
-    out, state, *_ = scan(inputs, qk_l2norm=True)
+    out, state, *_ = scan(backend, inputs, qk_l2norm=True)
     want, want_state = recurrence(inputs, qk_l2norm=True)
     assert_near(out, want, MAX_ERROR[dtype], "out")
     assert_near(state, want_state, MAX_ERROR[dtype], "final_state")
 
 
+@each_backend
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("split", [64, 128, 192])
-def test_two_calls_equal_one(dtype, split):
+def test_two_calls_equal_one(backend, dtype, split):
     inputs = make_scan(Scan(250, k_dim=64, v_dim=96, dtype=dtype, in_op_gate=True))
     *tokens, A_log, dt_bias, state, _ = inputs
-    whole = scan(inputs, qk_l2norm=True)
-    first = scan([*(x[:, :split] for x in tokens), A_log, dt_bias, state, None], qk_l2norm=True)
+    whole = scan(backend, inputs, qk_l2norm=True)
+    head = [*(x[:, :split] for x in tokens), A_log, dt_bias, state, None]
+    first = scan(backend, head, qk_l2norm=True)
     rest = [*(x[:, split:] for x in tokens), A_log, dt_bias, first[1], None]
-    second = scan(rest, qk_l2norm=True)
+    second = scan(backend, rest, qk_l2norm=True)
     assert_bitwise_equal(torch.cat([first[0], second[0]], 1), whole[0], "out")
     assert_bitwise_equal(second[1], whole[1], "final_state")
 
 
+@each_backend
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_deterministic(dtype):
+def test_deterministic(backend, dtype):
     case = Scan(150, k_dim=64, v_dim=192, k_heads=2, v_heads=4, batch=3, dtype=dtype)
+    if not backend.runs(case.macs):
+        case = Scan(70, k_dim=32, v_dim=80, k_heads=1, v_heads=2, batch=2, dtype=dtype)
     inputs = make_scan(case)
-    first = scan(inputs, **case.options)
+    first = scan(backend, inputs, **case.options)
     threads = torch.get_num_threads()
     try:
-        for num_threads in (1, 2, 13, 64):  # the last ones split the value channels
+        # Some split the value channels.
+        for num_threads in (1, 2, 13, 64) if backend == CPU else (threads,):
             torch.set_num_threads(num_threads)
-            again = scan(inputs, **case.options)
+            again = scan(backend, inputs, **case.options)
             for a, b in zip(again, first, strict=True):
                 assert_bitwise_equal(a, b, f"{num_threads} threads")
     finally:
         torch.set_num_threads(threads)
-    for b in range(3):
-        alone = scan([None if x is None else x[b : b + 1] for x in inputs], **case.options)
+    for b in range(case.batch):
+        one = [None if x is None else x[b : b + 1] for x in inputs]
+        alone = scan(backend, one, **case.options)
         assert_bitwise_equal(alone[0], first[0][b : b + 1], f"out of entry {b} alone")
         assert_bitwise_equal(alone[1], first[1][b : b + 1], f"state of entry {b} alone")
 
 
-def test_packed_sequences_equal_separate_calls():
+@each_backend
+def test_packed_sequences_equal_separate_calls(backend):
     case = Scan(lengths=(0, 70, 64, 1, 0, 130), dtype=BF16)
     inputs = make_scan(case)
-    out, state, *_ = scan(inputs, **case.options)
+    out, state, *_ = scan(backend, inputs, **case.options)
     begin = 0
     for i, length in enumerate(case.lengths):
         at = slice(begin, begin + length)
         begin += length
         tokens = [x[:, at] for x in inputs[:5]]
-        alone = scan([*tokens, None, None, inputs[7][i : i + 1], None], **case.options)
+        alone = scan(backend, [*tokens, None, None, inputs[7][i : i + 1], None], **case.options)
         assert_bitwise_equal(out[:, at], alone[0], f"out {i}")
         assert_bitwise_equal(state[i : i + 1], alone[1], f"state {i}")
 
 
+@pytest.mark.asan
+@pytest.mark.parametrize(
+    "bounds", [[1, 5], [0, 4, 3], [0, -1, 5], [0, 4], [0, 2**31 - 1], [0, 9, 5], [0]], ids=str
+)
+@each_device_backend
+def test_cu_seqlens_out_of_range(backend, bounds):
+    inputs = make_scan(Scan(5, 16, 16, 1, 1, initial=False))
+    inputs[8] = torch.tensor(bounds, dtype=torch.int32)
+    for result in scan(backend, inputs, qk_l2norm=True):
+        assert result.isnan().all()
+    with pytest.raises(RuntimeError, match="cu_seqlens: not rising from 0 to the number of tokens"):
+        backend.ops.raise_errors(torch.empty(0, device=backend.device))
+    backend.ops.raise_errors(torch.empty(0, device=backend.device))
+    with pytest.raises(RuntimeError, match="cu_seqlens"):
+        scan(backend, inputs, check_values=True)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("name", ["q", "k", "v", "g", "beta"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_nonfinite_values_stay_in_their_sequence_and_head(name, value):
-    inputs = make_scan(Scan(150, k_heads=2, v_heads=4, batch=2, initial=False))
-    clean = scan(inputs, qk_l2norm=True)[0]
+def test_nonfinite_values_stay_in_their_sequence_and_head(backend, name, value, dtype):
+    case = Scan(130, 32, 32, k_heads=2, v_heads=4, batch=2, initial=False, dtype=dtype)
+    inputs = make_scan(case)
+    clean = scan(backend, inputs, qk_l2norm=True)[0]
     index = ["q", "k", "v", "g", "beta"].index(name)
     inputs[index] = inputs[index].clone()
     inputs[index][1, 70, 1] = value
-    out = scan(inputs, qk_l2norm=True)[0]
+    out = scan(backend, inputs, qk_l2norm=True)[0]
     # A key head serves two value heads.
     touched = [2, 3] if name in ("q", "k") else [1]
     others = [h for h in range(4) if h not in touched]
@@ -156,37 +221,42 @@ def test_nonfinite_values_stay_in_their_sequence_and_head(name, value):
         assert out[1, 70, touched].isnan().any()
 
 
-def test_growing_gates_are_computed():
+@each_backend
+def test_growing_gates_are_computed(backend):
     inputs = make_scan(Scan(70))
     inputs[3] = inputs[3].abs() * 0.1
-    out, state, *_ = scan(inputs, qk_l2norm=True)
+    out, state, *_ = scan(backend, inputs, qk_l2norm=True)
     want, want_state = recurrence(inputs, qk_l2norm=True)
     assert_near(out, want, 2e-5, "out")
     assert_near(state, want_state, 2e-5, "final_state")
 
 
 @pytest.mark.asan
-def test_noncontiguous():
-    case = Scan(70, k_heads=2, v_heads=4, batch=2, dtype=BF16, in_op_gate=True)
-    inputs = make_scan(case)
-    plain = scan(inputs, **case.options)
+@each_backend
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_noncontiguous(backend, dtype):
+    case = Scan(3, 16, 16, k_heads=1, v_heads=2, batch=2, dtype=dtype, in_op_gate=True)
+    inputs = on(backend, make_scan(case))
+    plain = scan(backend, inputs, **case.options)
     for change in (
         lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
         lambda x: torch.stack([x, x + 1], -1)[..., 0],
-        lambda x: torch.cat([x + 1, x, x - 1], 1)[:, 70:140],
+        lambda x: torch.cat([x + 1, x, x - 1], 1)[:, 3:6],
+        lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),
         lambda x: x.flip(0).flip(0).transpose(0, 1).contiguous().transpose(0, 1),
     ):
         strided = [*map(change, inputs[:5]), *inputs[5:]]
-        for a, b in zip(scan(strided, **case.options), plain, strict=True):
+        for a, b in zip(scan(backend, strided, **case.options), plain, strict=True):
             assert_bitwise_equal(a, b)
     expanded = [x[:1].expand(2, *x.shape[1:]) for x in inputs[:5]]
-    out = scan([*expanded, *inputs[5:7], None, None], **case.options)[0]
+    out = scan(backend, [*expanded, *inputs[5:7], None, None], **case.options)[0]
     assert_bitwise_equal(out[0], out[1])
 
 
-def test_poisoned_output(poisoned_memory):
+@each_backend
+def test_poisoned_output(backend, poisoned_memory):
     for case in (Scan(70, dtype=BF16), Scan(lengths=(0, 0)), Scan(lengths=(5, 0, 80)), Scan(1)):
-        results = scan(make_scan(case), **case.options)
+        results = scan(backend, make_scan(case), **case.options)
         for result in results:
             assert result.isfinite().all()
 
@@ -231,15 +301,16 @@ def test_fake_tensors_on_cuda():
     assert {x.device.type for x in results} == {"cuda"}
 
 
-def test_check_values():
+@each_backend
+def test_check_values(backend):
     inputs = make_scan(Scan(20, v_heads=2))
-    scan(inputs, check_values=True)
+    scan(backend, inputs, check_values=True)
     for value, text in ((0.5, "0.5"), (torch.nan, "nan")):
         inputs[3] = inputs[3].clone()
         inputs[3][0, 7, 1] = value
         with pytest.raises(RuntimeError, match=rf"g\[0, 7, 1\] must be at most 0, got {text}"):
-            scan(inputs, check_values=True)
-    scan(inputs)
+            scan(backend, inputs, check_values=True)
+    scan(backend, inputs)
 
 
 def test_more_than_2_to_the_31_elements():
@@ -250,5 +321,7 @@ def test_more_than_2_to_the_31_elements():
     inputs = make_scan(Scan(70, batch=2, dtype=BF16))
     inputs[1] = k
     plain = [inputs[0], k.contiguous(), *inputs[2:]]
-    for a, b in zip(scan(inputs, qk_l2norm=True), scan(plain, qk_l2norm=True), strict=True):
+    for a, b in zip(
+        scan(CPU, inputs, qk_l2norm=True), scan(CPU, plain, qk_l2norm=True), strict=True
+    ):
         assert_bitwise_equal(a, b)

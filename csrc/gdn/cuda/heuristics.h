@@ -6,6 +6,27 @@
 
 namespace kvcore::gdn {
 
+// ---- Chunked scan
+
+// A CTA of the first kernel: a warp for each 16 of a chunk's 64 tokens.
+constexpr int kSolveThreads = 128;
+// CTAs that the registers leave room for on a multiprocessor, to hide each other's barriers: two
+// triangles of sums in each thread, and with 168 registers, for three, they would spill.
+constexpr int kSolveCtas = 2;
+
+// Value channels of a warp of the second kernel: the rows of one matrix instruction. With 32, each
+// element of k, q, A and P would be read from shared memory half as often, but a head of 128
+// channels would be four warps instead of eight, and it is the length of a warp's chain of products
+// that a long sequence waits for.
+constexpr int kWarpColumns = 16;
+// Warps of a CTA: one for each scheduler of a multiprocessor. They share what they read of a chunk,
+// 76 KiB at k_dim 128 in bf16.
+constexpr int kStateWarps = 4;
+constexpr int kStateThreads = 32 * kStateWarps;
+constexpr int kSliceColumns = kStateWarps * kWarpColumns;
+// Steps in shared memory: one is used while two arrive. More would not fit 99 KiB with fp32.
+constexpr int kStateSlots = 3;
+
 // ---- Recurrent step
 
 // Value channels of a CTA: rows of 128 bytes of a state with keys first, whole lines. A state of

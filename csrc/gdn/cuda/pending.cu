@@ -13,13 +13,8 @@ namespace {
 
 }  // namespace
 
-[[gnu::weak]] void chunk_scan(const ChunkScanParams&) { refuse("gdn_chunk_scan"); }
 [[gnu::weak]] void chunk_scan_backward(const ChunkScanBackwardParams&) {
   refuse("gdn_chunk_scan_backward");
 }
-[[gnu::weak]] void recurrent_step(const RecurrentStepParams&) { refuse("gdn_recurrent_step"); }
-[[gnu::weak]] void conv1d(const Conv1DParams&) { refuse("gdn_conv1d"); }
-[[gnu::weak]] void conv1d_backward(const Conv1DBackwardParams&) { refuse("gdn_conv1d_backward"); }
-[[gnu::weak]] void conv1d_update(const Conv1DUpdateParams&) { refuse("gdn_conv1d_update"); }
 
 }  // namespace kvcore::gdn::backend
