@@ -164,6 +164,7 @@ ISA_SCANS = [
     Scan(1),
     Scan(65, 96, 192, 1, 2, in_op_gate=True, beta_max=2.0),
     Scan(100, 128, 80, 1, 2, dtype=BF16, v_first=True),
+    Scan(70, 48, 16, 1, 1, dtype=BF16),
     Scan(30, 48, 16, 2, 2, 2, dtype=F16),
     Scan(lengths=(0, 3, 70), k_dim=256, v_dim=256, k_heads=1, v_heads=1),
 ]

@@ -1,11 +1,14 @@
 // Products of small matrices in scratch memory: C = A B, row-major, with the operands of one ISA
 // level. For code that is compiled per level.
 //
-// Every element of C is one chain of multiply-adds in the order of the inner index, so a result
-// does not depend on how a caller splits rows and columns.
+// Every element of C is one chain of multiply-adds in the order of the inner index (at level amx,
+// what gemm_tiles.h says), so a result does not depend on how a caller splits rows and columns.
 #pragma once
 
-#include "core/cpu/vec.h"
+#include "core/cpu/product.h"
+#if defined(KVCORE_ISA_AMX)
+#include "core/cpu/gemm_tiles.h"
+#endif
 
 namespace kvcore::KVCORE_ISA {
 
@@ -19,6 +22,11 @@ struct Fp32Operand {
   static F32 mac(F32 acc, Vector a, Vector b) { return fma(a, b, acc); }
 };
 
+#if !defined(KVCORE_ISA_AMX)
+/// Level amx configures tiles.
+struct ProductTiles {};
+#endif
+
 #if defined(KVCORE_ISA_AVX512_BF16)
 /// Pairs of bf16 that follow each other along the inner index, the earlier one in the low half;
 /// products and sums are fp32.
@@ -31,46 +39,58 @@ struct Bf16Operand {
   }
   static Vector load(const Element* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static F32 mac(F32 acc, Vector a, Vector b) { return _mm512_dpbf16_ps(acc, a, b); }
-};
 
-/// Two rows of n values (a multiple of 16) to one row of pairs.
-inline void pack_pairs(const float* even, const float* odd, int n, uint32_t* out) {
-  for (int i = 0; i < n; i += kLanes) {
-    const __m256i low = (__m256i)_mm512_cvtneps_pbh(load(even + i));
-    const __m256i high = (__m256i)_mm512_cvtneps_pbh(load(odd + i));
-    const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(low),
-                                          _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-    _mm512_storeu_si512(out + i, pairs);
+  /// Rounds n values (a multiple of 16) to nearest even; below 2^-126 to 0, as products take them.
+  static void narrow(const float* x, int n, BFloat16* out) {
+    for (int i = 0; i < n; i += kLanes) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
+                          (__m256i)_mm512_cvtneps_pbh(KVCORE_ISA::load(x + i)));
+    }
   }
-}
-#endif
+  /// Two rows of n values (a multiple of 16) to one row of pairs.
+  static void pack(const BFloat16* even, const BFloat16* odd, int n, Element* out) {
+    for (int i = 0; i < n; i += kLanes) {
+      const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + i));
+      const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd + i));
+      _mm512_storeu_si512(out + i, interleave(low, high));
+    }
+  }
+  /// The same of each row times its factor, rounded as above.
+  static void pack(const float* even, const float* odd, float even_factor, float odd_factor, int n,
+                   Element* out) {
+    const F32 e = KVCORE_ISA::splat(even_factor), o = KVCORE_ISA::splat(odd_factor);
+    for (int i = 0; i < n; i += kLanes) {
+      const __m256i low = (__m256i)_mm512_cvtneps_pbh(KVCORE_ISA::load(even + i) * e);
+      const __m256i high = (__m256i)_mm512_cvtneps_pbh(KVCORE_ISA::load(odd + i) * o);
+      _mm512_storeu_si512(out + i, interleave(low, high));
+    }
+  }
 
-/// What of a product is zero or not wanted.
-enum class Part {
-  kAll,
-  kLowerA,  // A is zero above its diagonal
-  kUpperA,  // A is zero below its diagonal
-  kLowerC,  // of C only what lies on or below the diagonal is wanted
+ private:
+  static __m512i interleave(__m256i even, __m256i odd) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(even),
+                           _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+  }
 };
+#endif
 
 // Rows and vectors of C in registers: 16 accumulators of 32, or 8 of 16, hide the latency of a
 // multiply-add and leave room for the operands.
 constexpr int kTileRows = kVectorRegisters == 32 ? 8 : 4;
 constexpr int kTileVectors = 2;
-// Sizes of C are multiples of this; so is an inner size, if the operands are packed.
-constexpr int kProductMultiple = 16;
 
 namespace detail {
 
 template <class Operand, int kVectors, int kRowStride, int kInnerStride>
 [[gnu::flatten]] inline void product_tile(const typename Operand::Element* a,
                                           const typename Operand::Element* b, int64_t b_stride,
-                                          float* c, int64_t c_stride, int inner, bool accumulate,
-                                          float c_scale) {
+                                          float* c, int64_t c_stride, int inner, Onto onto) {
   F32 acc[kTileRows][kVectors];
   unroll<kTileRows>([&](int i) {
     unroll<kVectors>([&](int v) {
-      acc[i][v] = accumulate ? load(c + i * c_stride + v * kLanes) * splat(c_scale) : splat(0.0f);
+      acc[i][v] = onto.scale == nullptr
+                      ? splat(0.0f)
+                      : load(c + i * c_stride + v * kLanes) * splat(onto.scale[i * onto.stride]);
     });
   });
   for (int k = 0; k < inner; ++k) {
@@ -122,14 +142,21 @@ inline void transpose_block(const void* x, int64_t x_stride, void* out, int64_t 
 
 }  // namespace detail
 
-/// C [rows, columns] = A [rows, inner] B [inner, columns], or C c_scale + A B with accumulate. rows
-/// and columns are multiples of kProductMultiple. A[i][k] lies at a[i * kRowStride + k *
+/// C [rows, columns] = A [rows, inner] B [inner, columns], or added to what `onto` says. rows and
+/// columns are multiples of kProductMultiple. A[i][k] lies at a[i * kRowStride + k *
 /// kInnerStride]: constant strides make its addresses free. With packed operands inner counts
 /// values, strides count pairs.
 template <class Operand, int kRowStride, int kInnerStride>
 inline void product(const typename Operand::Element* a, const typename Operand::Element* b,
                     int64_t b_stride, float* c, int64_t c_stride, int rows, int columns, int inner,
-                    Part part = Part::kAll, bool accumulate = false, float c_scale = 1.0f) {
+                    Part part = Part::kAll, Onto onto = {}) {
+#if defined(KVCORE_ISA_AMX)
+  if constexpr (Operand::kPack == 2) {
+    static_assert(kInnerStride == 1, "rows of a tile are contiguous");
+    return product_by_tiles(a, kRowStride, b, b_stride, c, c_stride, rows, columns, inner, part,
+                            onto);
+  }
+#endif
   constexpr int kWide = kTileVectors * kLanes;
   // Columns outside: their part of B stays in the first-level cache while the rows pass.
   for (int j = 0; j < columns;) {
@@ -137,19 +164,19 @@ inline void product(const typename Operand::Element* a, const typename Operand::
     for (int i = 0; i < rows; i += kTileRows) {
       const int end_row = i + kTileRows;
       if (part == Part::kLowerC && j >= end_row) continue;
-      const int begin = part == Part::kUpperA ? i : 0;
-      const int end = part == Part::kLowerA && end_row < inner ? end_row : inner;
+      const Range range = inner_range(part, i, end_row, inner);
       const auto* a_tile =
-          a + static_cast<int64_t>(i) * kRowStride + begin / Operand::kPack * kInnerStride;
-      const auto* b_tile = b + begin / Operand::kPack * b_stride + j;
+          a + static_cast<int64_t>(i) * kRowStride + range.begin / Operand::kPack * kInnerStride;
+      const auto* b_tile = b + range.begin / Operand::kPack * b_stride + j;
       float* c_tile = c + i * c_stride + j;
-      const int steps = (end - begin) / Operand::kPack;
+      const int steps = (range.end - range.begin) / Operand::kPack;
+      const Onto tile_onto = onto.from_row(i);
       if (width == kWide) {
         detail::product_tile<Operand, kTileVectors, kRowStride, kInnerStride>(
-            a_tile, b_tile, b_stride, c_tile, c_stride, steps, accumulate, c_scale);
+            a_tile, b_tile, b_stride, c_tile, c_stride, steps, tile_onto);
       } else {
-        detail::product_tile<Operand, 1, kRowStride, kInnerStride>(
-            a_tile, b_tile, b_stride, c_tile, c_stride, steps, accumulate, c_scale);
+        detail::product_tile<Operand, 1, kRowStride, kInnerStride>(a_tile, b_tile, b_stride, c_tile,
+                                                                   c_stride, steps, tile_onto);
       }
     }
     j += width;

@@ -15,7 +15,11 @@ constexpr int kSquareStride = kChunk + 16;
 using Rows = float[kChunk * kRowStride];
 using Square = float[kChunk * kSquareStride];
 using Tall = float[kMaxHeadDim * kSquareStride];  // rows over channels, columns over tokens
-using State = float[kMaxHeadDim * kMaxHeadDim];   // [k_dim, v_dim] or a range of its columns
+
+/// Rows of a state lie this far apart: an odd number of cache lines, so that a column of tiles does
+/// not fall into a few sets of the first-level cache.
+constexpr int state_stride(int columns) { return (columns / kHeadDimMultiple | 1) * 16; }
+using State = float[kMaxHeadDim * state_stride(kMaxHeadDim)];
 
 /// One sequence: a batch entry, or a run of packed tokens.
 struct Sequence {
@@ -41,29 +45,42 @@ struct TokenValues {
 };
 
 struct alignas(64) ForwardWorkspace {
-  Rows q, k, v;       // as given: factors are applied to products
-  Tall k_transposed;  // packed operands: pairs along channels
-  Rows k_packed;      // packed operands: pairs along tokens
-  Square qk, kk, x, a;
+  // Of a key head.
+  Rows q, k;          // as given: factors are applied to products
+  Rows pairs;         // packed operands: k, pairs along tokens
+  Tall k_transposed;  // second operand
+  Tall k_by_channel;  // first operand
+  Square kk, qk;      // k k^T and q k^T as given
+  // Of one of its value heads.
+  Square l, x, a, p;
   Rows w, u, o;
-  State state, state_packed;
+  State state_packed;
   TokenValues tokens;
 };
 
-/// A range of value channels of one head of one sequence.
+/// A range of value heads of one key head of one sequence, and a range of their value channels.
 struct ScanTask {
   Sequence sequence;
-  int64_t head;  // of the values
+  int64_t k_head;
+  int64_t head_begin, head_end;  // of the values
   int v_begin, v_end;
-  bool first_part;  // writes what does not depend on value channels
+  float* states;  // [head_end - head_begin, k_dim, state_stride(v_end - v_begin)]
 };
 
 struct alignas(64) BackwardWorkspace {
-  Rows q, k, v, d_out;  // q and k normalized
-  Tall transposed;
+  // Operands of q and k as given, here and below: factors are applied to products. A first operand
+  // [tokens, channels], the transposed one, and a second one of the rows.
+  Rows q, k, q_pairs, k_pairs;
+  Tall k_transposed, q_by_channel, k_by_channel;
+  Rows v, d_out;
+  Rows d_out_given;  // packed operands: as a first operand
   Square qk, kk, x, a, p, decay, x_transposed, da, dp, e, f;
-  Rows ks, w, u, du, dw, y, dq, dk, t;
-  State state, state_transposed, d_state, d_state_transposed;
+  Rows ks, w, u, du, dw, y, dq, dk;
+  Rows first, second;  // operands of a product, made for it
+  Rows u_first;
+  Square square;
+  Tall transposed;
+  State packed, transposed_state, d_state;
   TokenValues tokens;
   float dG[kChunk], dbeta[kChunk];
 };
@@ -74,8 +91,8 @@ struct BackwardTask {
   int64_t head;
   bool first_of_group;  // dq and dk are set, not added to
   bool last_of_group;   // dq and dk are finished and written
-  float* states;        // [kSegmentChunks, k_dim, v_dim]
-  float* segments;      // [segments of the sequence, k_dim, v_dim]
+  float* states;        // [kSegmentChunks, k_dim, state_stride(v_dim)]
+  float* segments;      // [segments of the sequence, k_dim, state_stride(v_dim)]
   float* dqk;           // [2, length, k_dim] sums over the heads of the group; null if there is one
   float* dA_log;        // one value each, of this head and sequence; may be null
   float* ddt_bias;

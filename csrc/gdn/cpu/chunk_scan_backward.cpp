@@ -9,7 +9,8 @@
 namespace kvcore::gdn::backend {
 
 void chunk_scan_backward(const ChunkScanBackwardParams& p) {
-  const int64_t group = p.sizes.v_heads / p.sizes.k_heads, size = p.sizes.k_dim * p.sizes.v_dim;
+  const int64_t group = p.sizes.v_heads / p.sizes.k_heads,
+                size = p.sizes.k_dim * state_stride(static_cast<int>(p.sizes.v_dim));
   const int64_t num_tasks = p.sequences.num_seqs * p.sizes.k_heads;
   int64_t longest = 0;
   for (int64_t i = 0; i < p.sequences.num_seqs; ++i) {

@@ -15,13 +15,16 @@ inline Mask up_to(int j, int last) {
   return less(add_i32(iota(), splat_i32(j)), splat_i32(last + 1));
 }
 
-/// X = (I + L)^-1 with L_ij = beta_i kf_i kf_j kk_ij below the diagonal, by rows; kk becomes L.
-inline void invert(const TokenValues& t, int rows, float* kk, float* x) {
+/// X = (I + L)^-1 with L_ij = beta_i kf_i kf_j kk_ij below the diagonal, by rows. L: working
+/// memory.
+inline void invert(const TokenValues& t, int rows, const float* kk, float* L, float* x) {
   for (int i = 0; i < rows; ++i) {
-    float* const l = kk + i * kSquareStride;
+    float* const l = L + i * kSquareStride;
     float* const row = x + i * kSquareStride;
     const F32 own = splat(t.beta[i] * t.k_factor[i]);
-    for (int j = 0; j < i; j += kLanes) store(l + j, load(l + j) * own * load(t.k_factor + j));
+    for (int j = 0; j < i; j += kLanes) {
+      store(l + j, load(kk + i * kSquareStride + j) * own * load(t.k_factor + j));
+    }
     for (int c = 0; c < filled_columns(i); c += kLanes) {
       F32 even = splat(0.0f), odd = splat(0.0f);
       int j = c;  // rows above c have nothing in these columns
@@ -36,8 +39,9 @@ inline void invert(const TokenValues& t, int rows, float* kk, float* x) {
   }
 }
 
-/// a = (X * D) diag(beta); qk becomes P = (q k^T) * D with the factors of q and k.
-inline void weigh(const TokenValues& t, int rows, const float* x, float* qk, float* a) {
+/// A = (X * D) diag(beta) and P = (q k^T) * D with the factors of q and k.
+inline void weigh(const TokenValues& t, int rows, const float* x, const float* qk, float* a,
+                  float* p) {
   const F32 zero = splat(0.0f);
   for (int i = 0; i < rows; ++i) {
     const F32 own = splat(t.G[i]), factor = splat(t.q_factor[i]);
@@ -48,7 +52,7 @@ inline void weigh(const TokenValues& t, int rows, const float* x, float* qk, flo
       const F32 decay = exp_any(select(past, own - load(t.G + j), zero));
       store(a + at, select(past, load(x + at) * decay * load(t.beta + j), zero));
       const F32 score = load(qk + at) * factor * load(t.k_factor + j);
-      store(qk + at, select(past, score * decay, zero));
+      store(p + at, select(past, score * decay, zero));
     }
   }
 }
