@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 
 import torch
@@ -53,10 +54,15 @@ def _forward(num_tokens: int) -> Case:
         return kvcore.chunk_gated_delta_rule(q, k, v, g, beta, **options)[0]
 
     expected = kvcore.chunk_gated_delta_rule(*(x.float() for x in inputs), **options)[0]
-    variants = {"transformers torch": transformers, "kvcore": ours}
+    wide = [x.float() for x in inputs]
+
+    def exact():
+        return kvcore.chunk_gated_delta_rule(*wide, **options)[0]
+
+    variants = {"transformers torch": transformers, "kvcore": ours, "kvcore, fp32 inputs": exact}
     vllm = peers.vllm_rule()
     if vllm is not None:
-        variants["vLLM CPU"] = lambda: vllm(*inputs)
+        variants[peers.vllm_name()] = lambda: vllm(*inputs)
     for name, run in variants.items():
         error = _checked(name, _relative_error(run(), expected), MAX_ERROR)
         case.variants[name] = Variant(run, 0, error)
@@ -121,6 +127,38 @@ def _decode(batch: int) -> Case:
     return case
 
 
+def _train(rows: int) -> Case:
+    """A step of `python -m kvcore.demo.train --model hybrid` on its longest rows, all of it."""
+    from kvcore.demo import data, train
+    from kvcore.demo.fast_gdn import fast_gdn
+
+    corpus = data.read_corpus(data.source_files(held_out=False))
+    stage = next(i for i, s in enumerate(train.STAGES) if s.length == 2304 and s.rows == rows)
+    length = train.STAGES[stage].length
+    name = f"training step of the demo, {rows} rows of {length} tokens"
+    case = Case(name, {"rows": rows, "num_tokens": length}, {}, cold=False)
+    runs = {}
+    for variant in ("transformers torch", "kvcore"):
+        with tempfile.TemporaryDirectory() as out:
+            runs[variant] = train.Run("hybrid", out, 60, train.RECIPE)
+        runs[variant].state["stage"] = stage
+
+    def theirs():
+        with torch.enable_grad():
+            return runs["transformers torch"].step(corpus)[0]
+
+    def ours():
+        with torch.enable_grad(), fast_gdn():
+            return runs["kvcore"].step(corpus)[0]
+
+    # The first step is the same one: bits per byte before training.
+    expected = theirs()
+    error = _checked(name, abs(ours() - expected) / expected, MAX_ERROR)
+    case.variants["transformers torch"] = Variant(theirs)
+    case.variants["kvcore"] = Variant(ours, 0, error)
+    return case
+
+
 def _conv(num_tokens: int) -> Case:
     channels = (2 * K_HEADS + V_HEADS) * HEAD_DIM
     generator = torch.Generator().manual_seed(0)
@@ -153,3 +191,4 @@ def gdn(quick: bool, device: torch.device) -> Iterator[Callable[[], Case]]:
         yield lambda: _forward(4096)
         yield lambda: _backward(4096)
         yield lambda: _decode(300)
+        yield lambda: _train(2)

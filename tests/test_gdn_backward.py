@@ -137,6 +137,42 @@ def test_deterministic(dtype):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_batch_invariant(dtype):
+    case = Scan(100, 32, 48, 1, 2, 3, dtype=dtype, in_op_gate=True)
+    inputs = make_scan(case)
+    together = gradients(kvcore.gdn_chunk_scan, inputs, with_state=False, **case.options)
+    d_out = normal(3, 100, 2, 48, seed=0).to(dtype)
+    for b in range(3):
+        leaves = [x[b : b + 1].detach().requires_grad_() for x in (*inputs[:5], inputs[7])]
+        out = kvcore.gdn_chunk_scan(*leaves[:5], *inputs[5:7], leaves[5], **case.options)[0]
+        alone = torch.autograd.grad(out, leaves, d_out[b : b + 1])
+        for i, grad in zip((0, 1, 2, 3, 4, 7), alone, strict=True):
+            assert_bitwise_equal(grad, together[i][b : b + 1], f"d{NAMES[i]} of entry {b}")
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("split", [64, 128])
+def test_two_calls_equal_one(dtype, split):
+    inputs = make_scan(Scan(180, 32, 48, 1, 2, dtype=dtype))
+
+    def in_two(q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, **options):
+        tokens = (q, k, v, g, beta)
+        first = kvcore.gdn_chunk_scan(
+            *(x[:, :split] for x in tokens), A_log, dt_bias, state, cu_seqlens, **options
+        )
+        rest = kvcore.gdn_chunk_scan(
+            *(x[:, split:] for x in tokens), A_log, dt_bias, first[1], cu_seqlens, **options
+        )
+        return torch.cat([first[0], rest[0]], 1), rest[1]
+
+    one = gradients(kvcore.gdn_chunk_scan, inputs, qk_l2norm=True)
+    two = gradients(in_two, inputs, qk_l2norm=True)
+    for name, a, b in zip(NAMES, two, one, strict=True):
+        if a is not None:
+            assert_bitwise_equal(a, b, f"d{name}")
+
+
 def test_poisoned_output(poisoned_memory):
     for case in (Scan(70, dtype=BF16), Scan(lengths=(5, 0, 80), in_op_gate=True), Scan(1)):
         for grad in gradients(kvcore.gdn_chunk_scan, make_scan(case), **case.options):

