@@ -43,27 +43,10 @@ inline float rstd_of(const ChunkScanBackwardParams& p, const BackwardTask& task,
   return p.rstd[row * p.sizes.k_heads + k_head_of(p, task)];
 }
 
-/// Asks for what is read of a token of the chunk after this one.
-inline void prefetch_token(const ChunkScanBackwardParams& p, const BackwardTask& task,
-                           bool backwards, int64_t token) {
-  if (token < 0 || token >= task.sequence.length) return;
-  const int k_dim = static_cast<int>(p.sizes.k_dim), v_dim = static_cast<int>(p.sizes.v_dim);
-  const int64_t batch = task.sequence.batch_idx, at = task.sequence.begin + token;
-  const int64_t row = token_of(p, task, token) * p.sizes.v_heads + task.head;
-  prefetch_row(p.k, batch, k_head_of(p, task), at, k_dim);
-  prefetch_row(p.v, batch, task.head, at, v_dim);
-  prefetch_row(p.x_inverse, Dtype::kFloat32, row * kChunk, kChunk);
-  if (!backwards) return;
-  prefetch_row(p.q, batch, k_head_of(p, task), at, k_dim);
-  prefetch_row(p.d_out, batch, task.head, at, v_dim);
-  prefetch_row(p.dv.data, p.dv.dtype, row * v_dim, v_dim);
-}
-
-/// k, v, gates, X, A and W = V - e^G (K S), U = A W: what both passes need. Looks ahead to the
-/// chunk that comes after this one, which lies before it on the way back.
+/// k, v, gates, X, A and W = V - e^G (K S), U = A W: what both passes need.
 template <class Operand>
 inline void load_chunk(const ChunkScanBackwardParams& p, const BackwardTask& task,
-                       const Chunk& chunk, bool backwards, float* state, BackwardWorkspace& w) {
+                       const Chunk& chunk, float* state, BackwardWorkspace& w) {
   using L = Layout<Operand>;
   const int k_dim = static_cast<int>(p.sizes.k_dim), v_dim = static_cast<int>(p.sizes.v_dim);
   const int rows = chunk.rows, stride = state_stride(v_dim);
@@ -74,7 +57,6 @@ inline void load_chunk(const ChunkScanBackwardParams& p, const BackwardTask& tas
   TokenValues& t = w.tokens;
   for (int i = 0; i < chunk.n; ++i) {
     const int64_t token = chunk.begin + i, at = token_of(p, task, token);
-    prefetch_token(p, task, backwards, token + (backwards ? -kChunk : kChunk));
     t.k_factor[i] = rstd_of(p, task, 1, token);
     t.q_factor[i] = rstd_of(p, task, 0, token);
     t.G[i] = p.g_cumsum[at * p.sizes.v_heads + task.head];

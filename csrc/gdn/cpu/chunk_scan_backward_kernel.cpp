@@ -256,7 +256,7 @@ template <class Operand>
 void backward_chunk(const ChunkScanBackwardParams& p, const BackwardTask& task, const Chunk& chunk,
                     float* state, BackwardWorkspace& w) {
   const int v_dim = static_cast<int>(p.sizes.v_dim);
-  load_chunk<Operand>(p, task, chunk, true, state, w);
+  load_chunk<Operand>(p, task, chunk, state, w);
   load_scores<Operand>(p, task, chunk, w);
   load_chunk_rows(p.d_out, task, task.head, chunk, v_dim, w.d_out);
   if constexpr (Operand::kPack == 2) {
@@ -291,7 +291,7 @@ void scan_backward(const ChunkScanBackwardParams& p, const BackwardTask& task,
     memcpy(next, task.segments + segment * size, sizeof(float) * size);
     for (int64_t i = 0; i < kSegmentChunks; ++i) {
       const Chunk chunk = chunk_at(task, segment * kSegmentChunks + i);
-      load_chunk<Operand>(p, task, chunk, false, next, w);
+      load_chunk<Operand>(p, task, chunk, next, w);
       advance_state<Operand>(p, chunk, next, next, w);
     }
   }
@@ -304,7 +304,7 @@ void scan_backward(const ChunkScanBackwardParams& p, const BackwardTask& task,
     for (int64_t i = 0; i + 1 < count; ++i) {
       const Chunk chunk = chunk_at(task, first + i);
       float* const state = task.states + i * size;
-      load_chunk<Operand>(p, task, chunk, false, state, w);
+      load_chunk<Operand>(p, task, chunk, state, w);
       advance_state<Operand>(p, chunk, state, state + size, w);
     }
     for (int64_t i = count - 1; i >= 0; --i) {

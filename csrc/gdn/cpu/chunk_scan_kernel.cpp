@@ -10,7 +10,6 @@ namespace {
 struct Chunk {
   int64_t begin;  // its first token, in the sequence's batch entry
   int n, rows;    // tokens, and whole groups of 16
-  int next;       // tokens of the chunk after it
 };
 
 /// Rows of q (which = 0) or k as given, and their factors.
@@ -54,21 +53,6 @@ void load_keys(const ChunkScanParams& p, const ScanTask& task, const Chunk& chun
                                rows, k_dim, Part::kLowerC);
 }
 
-/// Asks for what is used next of token i: its values and output, and of the chunk after it, if this
-/// is the task's last head, the queries and keys.
-void prefetch_token(const ChunkScanParams& p, const ScanTask& task, const Chunk& chunk,
-                    int64_t head, int i) {
-  const Sizes& s = p.sizes;
-  const int64_t batch = task.sequence.batch_idx, token = chunk.begin + i;
-  const int columns = task.v_end - task.v_begin;
-  prefetch_row(channels_from(p.v, task.v_begin), batch, head, token, columns);
-  const int64_t out = ((batch * s.num_tokens + token) * s.v_heads + head) * s.v_dim + task.v_begin;
-  prefetch_row(p.out.data, p.out.dtype, out, columns);
-  if (head + 1 < task.head_end || i >= chunk.next) return;
-  prefetch_row(p.q, batch, task.k_head, token + kChunk, static_cast<int>(s.k_dim));
-  prefetch_row(p.k, batch, task.k_head, token + kChunk, static_cast<int>(s.k_dim));
-}
-
 /// Gates of a value head, X, A and P.
 void solve(const ChunkScanParams& p, const ScanTask& task, const Chunk& chunk, int64_t head,
            ForwardWorkspace& w) {
@@ -77,7 +61,6 @@ void solve(const ChunkScanParams& p, const ScanTask& task, const Chunk& chunk, i
   const int64_t first = (batch * p.sizes.num_tokens + chunk.begin) * p.sizes.v_heads + head;
   float G = 0.0f;
   for (int i = 0; i < chunk.n; ++i) {
-    prefetch_token(p, task, chunk, head, i);
     G += log_decay(p.gate, batch, head, chunk.begin + i);
     w.tokens.G[i] = G;
     w.tokens.beta[i] = write_strength(p.gate, batch, head, chunk.begin + i);
@@ -161,13 +144,10 @@ void scan(const ChunkScanParams& p, const ScanTask& task, ForwardWorkspace& w) {
                stride);
   }
   for (int64_t begin = 0; begin < task.sequence.length; begin += kChunk) {
-    const auto tokens_from = [&](int64_t first) {
-      const int64_t left = task.sequence.length - first;
-      return left <= 0 ? 0 : static_cast<int>(left < kChunk ? left : kChunk);
-    };
-    const int n = tokens_from(begin);
+    const int64_t left = task.sequence.length - begin;
+    const int n = static_cast<int>(left < kChunk ? left : kChunk);
     const int rows = (n + kProductMultiple - 1) / kProductMultiple * kProductMultiple;
-    const Chunk chunk = {task.sequence.begin + begin, n, rows, tokens_from(begin + kChunk)};
+    const Chunk chunk = {task.sequence.begin + begin, n, rows};
     load_keys<Operand>(p, task, chunk, w);
     for (int64_t head = task.head_begin; head < task.head_end; ++head) {
       const int64_t at = (head - task.head_begin) * state_size;

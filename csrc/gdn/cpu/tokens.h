@@ -25,20 +25,6 @@ inline InputView channels_from(InputView view, int64_t channel) {
   return view;
 }
 
-/// Asks for n elements of a row that will be used soon: rows of one head lie a multiple of 4 KiB
-/// apart, where no hardware looks ahead. To the second-level cache, since they share few sets of
-/// the first.
-inline void prefetch_row(const void* data, Dtype dtype, int64_t offset, int n) {
-  const int64_t bytes = dtype == Dtype::kFloat32 ? 4 : 2;
-  const char* const row = static_cast<const char*>(data) + offset * bytes;
-  for (int64_t at = 0; at < n * bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
-}
-inline void prefetch_row(const InputView& x, int64_t batch, int64_t head, int64_t token, int n) {
-  if (x.channel_stride != 1) return;
-  prefetch_row(x.data, x.dtype,
-               batch * x.batch_stride + head * x.head_stride + token * x.token_stride, n);
-}
-
 inline float scalar_at(const InputView& view, int64_t batch, int64_t head, int64_t token) {
   float value;
   widen_row(view, batch, head, token, 1, &value);
