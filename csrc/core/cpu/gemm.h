@@ -23,8 +23,9 @@ struct Fp32Operand {
 };
 
 #if !defined(KVCORE_ISA_AMX)
-/// Level amx configures tiles.
-struct ProductTiles {};
+/// Level amx configures its tiles.
+inline void begin_products() {}
+inline void end_products() {}
 #endif
 
 #if defined(KVCORE_ISA_AVX512_BF16)

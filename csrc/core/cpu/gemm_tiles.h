@@ -8,27 +8,26 @@
 
 namespace kvcore::KVCORE_ISA {
 
-/// Configures the tiles for products as long as it lives. One at a time per thread.
-class ProductTiles {
- public:
-  ProductTiles() {
-    TileConfig config;
-    for (int tile = 0; tile < kNumTiles; ++tile) {
-      config.rows[tile] = kTileMaxRows;
-      config.row_bytes[tile] = kTileMaxBytes;
-    }
-    // Inner sizes are multiples of 16, a full tile takes 32.
-    config.row_bytes[kATail] = kTileMaxBytes / 2;
-    config.rows[kBTail] = kTileMaxRows / 2;
-    tile_config(config);
-  }
-  ~ProductTiles() { tile_release(); }
-  ProductTiles(const ProductTiles&) = delete;
-  ProductTiles& operator=(const ProductTiles&) = delete;
+// Which tile holds what: sums of up to 2 x 2 tiles, one tile of each operand, and half of one.
+constexpr int kSumTile = 0, kATile = 4, kBTile = 5, kATail = 6, kBTail = 7;
 
-  // Which tile holds what: sums of up to 2 x 2 tiles, one tile of each operand.
-  static constexpr int kSum = 0, kA = 4, kB = 5, kATail = 6, kBTail = 7;
-};
+// Not an object whose destructor releases the tiles: that would leave symbols for exceptions, which
+// nothing here throws, outside of the level's namespace.
+
+/// Before products of bf16 on a thread.
+inline void begin_products() {
+  TileConfig config;
+  for (int tile = 0; tile < kNumTiles; ++tile) {
+    config.rows[tile] = kTileMaxRows;
+    config.row_bytes[tile] = kTileMaxBytes;
+  }
+  // Inner sizes are multiples of 16, a full tile takes 32.
+  config.row_bytes[kATail] = kTileMaxBytes / 2;
+  config.rows[kBTail] = kTileMaxRows / 2;
+  tile_config(config);
+}
+/// After the last of them.
+inline void end_products() { tile_release(); }
 
 namespace detail {
 
@@ -39,7 +38,7 @@ constexpr int kBytesPerPair = 4;
 /// Adds one step along the inner index. Operands are loaded in an order that needs one tile each.
 template <int kA, int kB, bool kTwoRows, bool kTwoColumns>
 inline void add_tiles(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride) {
-  constexpr int kSum = ProductTiles::kSum;
+  constexpr int kSum = kSumTile;
   const int64_t a_bytes = a_stride * kBytesPerPair, b_bytes = b_stride * kBytesPerPair;
   tile_load<kA>(a, a_bytes);
   tile_load<kB>(b, b_bytes);
@@ -73,32 +72,32 @@ inline void store_sums(float* c, int64_t c_stride, Onto onto) {
 template <bool kTwoRows, bool kTwoColumns>
 inline void product_of_tiles(const uint32_t* a, int64_t a_stride, const uint32_t* b,
                              int64_t b_stride, float* c, int64_t c_stride, int inner, Onto onto) {
-  using T = ProductTiles;
-  tile_zero<T::kSum>();
-  if constexpr (kTwoColumns) tile_zero<T::kSum + 1>();
-  if constexpr (kTwoRows) tile_zero<T::kSum + 2>();
-  if constexpr (kTwoRows && kTwoColumns) tile_zero<T::kSum + 3>();
+  tile_zero<kSumTile>();
+  if constexpr (kTwoColumns) tile_zero<kSumTile + 1>();
+  if constexpr (kTwoRows) tile_zero<kSumTile + 2>();
+  if constexpr (kTwoRows && kTwoColumns) tile_zero<kSumTile + 3>();
   for (; inner >= kTileInner; inner -= kTileInner) {
-    add_tiles<T::kA, T::kB, kTwoRows, kTwoColumns>(a, a_stride, b, b_stride);
+    add_tiles<kATile, kBTile, kTwoRows, kTwoColumns>(a, a_stride, b, b_stride);
     a += kTileInner / 2;
     b += kTileInner / 2 * b_stride;
   }
   if (inner > 0) {
-    add_tiles<T::kATail, T::kBTail, kTwoRows, kTwoColumns>(a, a_stride, b, b_stride);
+    add_tiles<kATail, kBTail, kTwoRows, kTwoColumns>(a, a_stride, b, b_stride);
   }
-  store_sums<T::kSum>(c, c_stride, onto);
-  if constexpr (kTwoColumns) store_sums<T::kSum + 1>(c + kTileSize, c_stride, onto);
+  store_sums<kSumTile>(c, c_stride, onto);
+  if constexpr (kTwoColumns) store_sums<kSumTile + 1>(c + kTileSize, c_stride, onto);
   if constexpr (kTwoRows) {
     c += kTileSize * c_stride;
     if (onto.scale != nullptr) onto.scale += kTileSize * onto.stride;
-    store_sums<T::kSum + 2>(c, c_stride, onto);
-    if constexpr (kTwoColumns) store_sums<T::kSum + 3>(c + kTileSize, c_stride, onto);
+    store_sums<kSumTile + 2>(c, c_stride, onto);
+    if constexpr (kTwoColumns) store_sums<kSumTile + 3>(c + kTileSize, c_stride, onto);
   }
 }
 
 }  // namespace detail
 
-/// As product in gemm.h, with a ProductTiles alive. Strides count pairs, inner counts values.
+/// As product in gemm.h, between begin_products and end_products. Strides count pairs, inner counts
+/// values.
 inline void product_by_tiles(const uint32_t* a, int64_t a_stride, const uint32_t* b,
                              int64_t b_stride, float* c, int64_t c_stride, int rows, int columns,
                              int inner, Part part, Onto onto) {

@@ -275,7 +275,6 @@ void backward_chunk(const ChunkScanBackwardParams& p, const BackwardTask& task, 
 template <class Operand>
 void scan_backward(const ChunkScanBackwardParams& p, const BackwardTask& task,
                    BackwardWorkspace& w) {
-  [[maybe_unused]] const ProductTiles tiles;
   const Sizes& s = p.sizes;
   const int k_dim = static_cast<int>(s.k_dim), v_dim = static_cast<int>(s.v_dim);
   const int stride = state_stride(v_dim);
@@ -323,7 +322,9 @@ void chunk_scan_backward_kernel(const ChunkScanBackwardParams& p, const Backward
 #if defined(KVCORE_ISA_AVX512_BF16)
   // What else these products take is rounded to bf16 for them.
   if (p.q.dtype == Dtype::kBFloat16 && p.v.dtype == Dtype::kBFloat16) {
-    return scan_backward<Bf16Operand>(p, task, w);
+    begin_products();
+    scan_backward<Bf16Operand>(p, task, w);
+    return end_products();
   }
 #endif
   scan_backward<Fp32Operand>(p, task, w);
