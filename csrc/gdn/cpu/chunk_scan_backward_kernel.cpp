@@ -322,9 +322,7 @@ void chunk_scan_backward_kernel(const ChunkScanBackwardParams& p, const Backward
 #if defined(KVCORE_ISA_AVX512_BF16)
   // What else these products take is rounded to bf16 for them.
   if (p.q.dtype == Dtype::kBFloat16 && p.v.dtype == Dtype::kBFloat16) {
-    begin_products();
-    scan_backward<Bf16Operand>(p, task, w);
-    return end_products();
+    return scan_backward<Bf16Operand>(p, task, w);
   }
 #endif
   scan_backward<Fp32Operand>(p, task, w);
