@@ -60,6 +60,7 @@ def latency(result: dict, axes) -> None:
         axes.plot(tokens, floor, linestyle="--", linewidth=0.8, color=line.get_color())
     axes.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="milliseconds")
     axes.set_xticks(tokens, [f"{n // 1024}k" for n in tokens])
+    axes.minorticks_off()
     axes.set_title("decode, one layer; dashed: the bytes at the read ceiling")
     axes.legend(fontsize=7)
 
