@@ -1,4 +1,4 @@
-"""Every Python snippet of README.md and docs/ runs, each in a process as a reader would start it."""
+"""Every Python snippet of README.md and docs/ runs, each in a process of its own."""
 
 import pathlib
 import re
@@ -45,7 +45,7 @@ def small_model(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("snippet", snippets())
+@pytest.mark.parametrize("snippet", list(snippets()))
 def test_snippet(snippet, request, tmp_path):
     if DOWNLOADED in snippet:
         snippet = snippet.replace(DOWNLOADED, str(request.getfixturevalue("small_model")))
