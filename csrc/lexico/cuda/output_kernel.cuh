@@ -13,6 +13,8 @@ constexpr int kProductWarps = kProductThreads / kWarpSize;
 constexpr int kRowsOfWarp = kProductRows / kProductWarps;
 static_assert(kRowsOfWarp == 4);
 constexpr int kFinishRows = 4;  // of a CTA, a warp each
+// For sm_120 nvcc would aim at more of them, and spill for it.
+constexpr int kFinishCtas = 4;
 
 struct ProductSmem {
   alignas(16) float weights[kProductAtoms][kProductRows];
@@ -117,7 +119,7 @@ __global__ void __launch_bounds__(kProductThreads, 2)
 }
 
 /// grid: a warp for each row of the wave's units.
-__global__ void __launch_bounds__(kFinishRows* kWarpSize)
+__global__ void __launch_bounds__(kFinishRows* kWarpSize, kFinishCtas)
     finish_kernel(const __grid_constant__ AttentionArgs args) {
   const AttentionParams& p = args.p;
   const AttentionPlan& plan = args.plan;

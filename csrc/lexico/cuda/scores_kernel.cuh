@@ -186,6 +186,7 @@ __device__ inline void score_buffer(const AttentionArgs& args, const Unit& unit,
     const int64_t at = base + (first + token) * p.k_buffer.token_stride;
     RowFloats<kRows> sum = {};
     float poison = 0.0f;
+#pragma unroll 2
     for (int c = lane; c < head_dim; c += kWarpSize) {
       const float key = load_element(p.k_buffer, at + c * p.k_buffer.channel_stride);
       poison += key * 0.0f;
