@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kvcore
-from cases import BF16, F16, F32, normal
+from cases import BACKENDS, BF16, CPU, F16, F32, SIMT, normal
 from compare import assert_bitwise_equal
 from gdn_cases import ISA_SCANS, MAX_GRADIENT_ERROR, SCANS, Scan, assert_near, doubles, make_scan
 from kvcore.reference import gdn as reference
@@ -64,6 +64,142 @@ def test_matches_reference(case):
 @pytest.mark.parametrize("case", ISA_SCANS, ids=str)
 def test_matches_reference_at_every_isa_level(case):
     check(case)
+
+
+# What autograd does not reach: the backward of another backend than the CPU's, given what the CPU's
+# forward saved.
+each_device_backend = pytest.mark.parametrize(
+    "backend", [p for p in BACKENDS if p.values[0] != CPU]
+)
+# Every instance of the kernels, tails of both dims, and all that a gate can be.
+DEVICE_SCANS = [
+    Scan(1, 16, 16, 1, 1),
+    Scan(65, 96, 48, 1, 2, in_op_gate=True, beta_max=2.0),
+    Scan(70, 128, 80, 1, 1, dtype=BF16, v_first=True),
+    Scan(30, 48, 16, 2, 2, 2, dtype=F16, initial=False),
+    Scan(lengths=(0, 3, 70), k_dim=144, v_dim=16, k_heads=1, v_heads=2),
+    Scan(20, 256, 32, 1, 1, dtype=BF16, in_op_gate=True),
+]
+MORE_DEVICE_SCANS = [
+    *(Scan(n, 64, 64, 1, 1) for n in (63, 64, 128)),
+    Scan(70, 256, 256, 1, 1),
+    Scan(100, 32, 32, 2, 8, 2, in_op_gate=True),
+    Scan(130, 64, 128, 1, 2, dtype=BF16, in_op_gate=True),
+    Scan(130, 64, 128, 1, 1, dtype=F16),
+    Scan(150, 64, 64, 1, 1, normaliser=0.01),
+    Scan(150, 64, 64, 1, 1, beta_max=2.0, correlated=True),
+    Scan(150, 64, 64, 1, 1, beta_max=2.0, correlated=True, dtype=BF16),
+    Scan(150, 32, 64, in_op_gate=True, beta_max=2.0, v_first=True),
+    Scan(lengths=(15, 85, 1, 0, 64, 65), k_dim=32, v_dim=32, in_op_gate=True),
+    Scan(lengths=(0, 30), v_first=True),
+    Scan(lengths=(0, 0)),
+    Scan(0),
+]
+
+
+def device_gradients(backend, case, inputs, with_state=True):
+    """What the op returns, None where there is no such input."""
+    out, state, *residuals = kvcore.gdn_chunk_scan(*inputs, **case.options)
+    q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens = inputs
+    d_out = normal(*out.shape, seed=0).to(out)
+    d_state = normal(*state.shape, seed=1) if with_state else None
+    tensors = (d_out, q, k, v, g, beta, *residuals, A_log, dt_bias, initial_state, d_state)
+    tensors = [x if x is None else x.to(backend.device) for x in (*tensors, cu_seqlens)]
+    results = backend.ops.gdn_chunk_scan_backward(*tensors, **case.options)
+    return [None if x is None else y.cpu() for x, y in zip(inputs, results, strict=False)]
+
+
+def check_device(backend, case):
+    inputs = make_scan(case)
+    actual = device_gradients(backend, case, inputs)
+    expected = gradients(reference.gdn_chunk_scan, doubles(inputs), **case.options)
+    bound = MAX_GRADIENT_ERROR[case.dtype]
+    for name, x, a, e in zip(NAMES[:5], inputs, actual, expected, strict=False):
+        assert a.dtype == x.dtype, name
+        assert_near(a, e, bound, f"d{name}")
+    if case.initial:
+        assert_near(actual[7], expected[7], bound, "dinitial_state")
+    if not case.in_op_gate:
+        return
+    # Sums over all tokens, in which most cancels: errors are compared with the size of the parts.
+    gate, dt_bias = inputs[3].double(), inputs[6].double()
+    dg, shifted = expected[3], gate + dt_bias
+    parts = [dg * torch.nn.functional.softplus(shifted) / shifted.sigmoid(), dg]
+    for i, part in zip((5, 6), parts, strict=True):
+        assert_near(part.sum((0, 1)), expected[i], 1e-6, f"d{NAMES[i]} of the reference")
+        error = (actual[i].double() - expected[i]).norm() / part.abs().sum((0, 1)).norm()
+        assert error <= bound, f"d{NAMES[i]}: error must be <= {bound:g}, got {error:.2e}"
+
+
+@pytest.mark.asan
+@each_device_backend
+@pytest.mark.parametrize("case", DEVICE_SCANS, ids=str)
+def test_kernels_match_reference(case, backend):
+    check_device(backend, case)
+
+
+@each_device_backend
+@pytest.mark.parametrize("case", MORE_DEVICE_SCANS, ids=str)
+def test_kernels_match_reference_in_more_cases(case, backend):
+    check_device(backend, case)
+
+
+@each_device_backend
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_kernels_are_deterministic_and_keep_sequences_apart(dtype, backend):
+    case = Scan(70, 48, 32, 1, 2, 2, dtype=dtype, in_op_gate=True)
+    inputs = make_scan(case)
+    whole = device_gradients(backend, case, inputs)
+    for a, b in zip(device_gradients(backend, case, inputs), whole, strict=True):
+        assert_bitwise_equal(a, b, "again")
+    # NaN in a head of one sequence leaves the others' bits alone.
+    inputs[2] = inputs[2].clone()
+    inputs[2][1, 3, 1, 5] = torch.nan
+    spoilt = device_gradients(backend, case, inputs)
+    for name, a, b in zip(NAMES, spoilt, whole, strict=True):
+        if a.dim() >= 3:
+            assert_bitwise_equal(a[0], b[0], f"d{name} of the other sequence")
+    for i in (2, 3, 4):
+        assert_bitwise_equal(spoilt[i][:, :, 0], whole[i][:, :, 0], f"d{NAMES[i]}, other head")
+    assert spoilt[4][1].isnan().any()
+
+
+@pytest.mark.asan
+@pytest.mark.simt
+@pytest.mark.parametrize(
+    "case",
+    [
+        Scan(64 * 9 + 3, 16, 16, 1, 1),
+        Scan(lengths=(100, 64 * 8, 0, 64 * 2 + 1), k_dim=16, v_dim=16, v_heads=1, dtype=BF16),
+    ],
+    ids=str,
+)
+def test_windows_change_no_bit(case, monkeypatch):
+    if not any(p.values[0] == SIMT for p in BACKENDS):
+        pytest.skip("kvcore_simt is not built")
+    inputs = make_scan(case)
+    whole = device_gradients(SIMT, case, inputs)
+    # On a small device a window is eight chunks.
+    monkeypatch.setenv("KVCORE_SIMT_DEVICE", "one_sm")
+    for name, a, b in zip(NAMES, device_gradients(SIMT, case, inputs), whole, strict=False):
+        if a is not None:
+            assert_bitwise_equal(a, b, f"d{name}")
+
+
+@pytest.mark.asan
+@each_device_backend
+def test_bounds_that_do_not_rise(backend):
+    case = Scan(lengths=(15, 5), k_dim=16, v_dim=16, in_op_gate=True)
+    inputs = make_scan(case)
+    d_out, d_state = torch.ones_like(inputs[2]), torch.ones_like(inputs[7])
+    residuals = kvcore.gdn_chunk_scan(*inputs, **case.options)[2:]
+    bad = torch.tensor([0, 30, 20], dtype=torch.int32)
+    tensors = (d_out, *inputs[:5], *residuals, *inputs[5:8], d_state, bad)
+    tensors = [x.to(backend.device) for x in tensors]
+    for grad in backend.ops.gdn_chunk_scan_backward(*tensors, **case.options):
+        assert grad.isnan().all()
+    with pytest.raises(RuntimeError, match="cu_seqlens: not rising"):
+        backend.ops.raise_errors(torch.empty(0, device=backend.device))
 
 
 def test_more_chunks_than_a_segment():

@@ -66,14 +66,16 @@ const DeviceModel& device_model() {
   // The smallest first: it is the default, so what runs there runs everywhere.
   static constexpr DeviceModel kModels[] = {{"sm_120", 120, 170, 99 * 1024},
                                             {"sm_80", 80, 108, 163 * 1024},
-                                            {"sm_90", 90, 132, 227 * 1024}};
+                                            {"sm_90", 90, 132, 227 * 1024},
+                                            // What depends on the device's size, at its smallest.
+                                            {"one_sm", 80, 1, 99 * 1024}};
   const char* wanted = std::getenv("KVCORE_SIMT_DEVICE");
   if (wanted == nullptr || *wanted == '\0') return kModels[0];
   for (const DeviceModel& model : kModels) {
     if (std::strcmp(model.name, wanted) == 0) return model;
   }
   throw std::runtime_error(std::string("KVCORE_SIMT_DEVICE must be one of sm_120, sm_80, sm_90, "
-                                       "got ") +
+                                       "one_sm, got ") +
                            wanted);
 }
 

@@ -137,7 +137,9 @@ def test_devices_are_named():
     env = {**os.environ, "KVCORE_SIMT_DEVICE": "sm_75"}
     command = [program("planted", "plain"), "right_launch"]
     result = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert "KVCORE_SIMT_DEVICE must be one of sm_120, sm_80, sm_90, got sm_75" in result.stderr
+    assert (
+        "KVCORE_SIMT_DEVICE must be one of sm_120, sm_80, sm_90, one_sm, got sm_75" in result.stderr
+    )
     larger = {**env, "KVCORE_SIMT_DEVICE": "sm_90"}
     command[1] = "large_smem"
     assert subprocess.run(command, env=larger, capture_output=True).returncode == 0

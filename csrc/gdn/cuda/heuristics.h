@@ -55,4 +55,29 @@ constexpr int kConvTokens = 64;
 // Rows that a thread has on their way: 8 bytes each, 128 KiB of a multiprocessor's 2,048 threads.
 constexpr int kConvAhead = 8;
 
+// ---- Backward of the chunked scan
+
+// A warp for each 16 tokens of a chunk, or 16 value channels of a state.
+constexpr int kBackwardThreads = 128;
+// Squares of 18 KiB in shared memory. The serial kernels use one while four are on their way: a
+// chunk is five (states) or eight (gradients) of them at k_dim 128, so that copies are most of a
+// chunk ahead. The parallel kernel keeps two of its own beside three.
+constexpr int kBackwardStateSlots = 5;
+constexpr int kGradientSlots = 3;
+constexpr int kCopyThreads = 256;
+
+// A window of chunks whose states are kept: enough for the parallel kernel to fill the device
+// kBackwardWaves times with the one CTA of a multiprocessor that shared memory is sure to have room
+// for, as long as that is not more memory than kBackwardBytes. Windows cost a second pass over the
+// states, and nothing else: states go from one to the next in fp32.
+constexpr int64_t kBackwardWaves = 8;
+constexpr int64_t kBackwardBytes = int64_t{1} << 30;
+constexpr int64_t backward_window(int64_t num_slots, int64_t slot_bytes, int64_t k_heads,
+                                  int sm_count) {
+  const int64_t wanted = (kBackwardWaves * sm_count + k_heads - 1) / k_heads;
+  const int64_t fitting = kBackwardBytes / slot_bytes;
+  const int64_t slots = wanted < fitting ? wanted : fitting;
+  return slots < 1 ? 1 : slots < num_slots ? slots : num_slots < 1 ? 1 : num_slots;
+}
+
 }  // namespace kvcore::gdn

@@ -1,0 +1,3 @@
+#include "gdn/cuda/backward_launch.cuh"
+
+template void kvcore::gdn::backward::launch_d_states<2, 128>(const BackwardArgs&);
