@@ -16,6 +16,7 @@ from cases import Case, Variant, _checked, _relative_error
 K_HEADS, V_HEADS, HEAD_DIM, CHUNK = 16, 32, 128, 64
 # The peers compute in fp32 what ours rounds to bf16; see csrc/gdn/README.md.
 MAX_ERROR, MAX_GRADIENT_ERROR = 5e-3, 8e-3
+MAX_PEER_ERROR = 1e-2  # more of vLLM's op is in bf16: it is to compute the same, no more
 # Multiply-adds per chunk and value head, from csrc/gdn/README.md.
 FORWARD_MACS = 3 * CHUNK * HEAD_DIM**2 + 2 * CHUNK**2 * HEAD_DIM
 BACKWARD_MACS = 9 * CHUNK * HEAD_DIM**2 + 6.5 * CHUNK**2 * HEAD_DIM + CHUNK**3
@@ -64,7 +65,8 @@ def _forward(num_tokens: int) -> Case:
     if vllm is not None:
         variants[peers.vllm_name()] = lambda: vllm(*inputs)
     for name, run in variants.items():
-        error = _checked(name, _relative_error(run(), expected), MAX_ERROR)
+        bound = MAX_ERROR if name.startswith("kvcore") else MAX_PEER_ERROR
+        error = _checked(name, _relative_error(run(), expected), bound)
         case.variants[name] = Variant(run, 0, error)
     chunks = num_tokens // CHUNK * V_HEADS
     case.operations = 2 * FORWARD_MACS * chunks
@@ -113,8 +115,10 @@ def _decode(batch: int) -> Case:
     name = f"decode, {batch} sequences, {num_bytes / 1e6:.0f} MB of states"
     case = Case(name, _shape(1, batch), {})
 
-    def ours():
-        return kvcore.gdn_recurrent_step_(*inputs, pool, None, None, slots, qk_l2norm=True)
+    def ours(v_first=False):
+        return kvcore.gdn_recurrent_step_(
+            *inputs, pool, None, None, slots, qk_l2norm=True, state_v_first=v_first
+        )
 
     few = [x[:2] for x in inputs]
     out, _ = kvcore.gdn_recurrent_step(*few, pool[:2], qk_l2norm=True)
@@ -124,6 +128,7 @@ def _decode(batch: int) -> Case:
     error = _checked(name, _relative_error(out, expected), MAX_ERROR)
     case.variants["x.mul_(a) of the states"] = Variant(lambda: pool.mul_(0.999), num_bytes)
     case.variants["kvcore in place"] = Variant(ours, num_bytes, error)
+    case.variants["kvcore in place, v first"] = Variant(lambda: ours(True), num_bytes)
     return case
 
 
