@@ -19,10 +19,11 @@ namespace kvcore::lexico {
 // 16 bits, which takes 6.2 cycles for a warp's access instead of 10.4.
 constexpr int kUnitRows = 4;
 
-// The score pass: 16 warps, two CTAs to a multiprocessor by registers (64 a thread) and by shared
-// memory (66 KiB) on sm_80 and sm_90: 32 warps to hide the latency of shared memory and L2 behind.
-constexpr int kScoreThreads = 512;
-constexpr int kScoreCtas = 2;
+// The score pass: 8 warps, three CTAs to a multiprocessor by registers (80 a thread; with 64 nvcc
+// spills for sm_120) and by shared memory (66 KiB) on sm_90, two on sm_80, one on sm_120. 24 warps
+// hide the latency of shared memory and of L2.
+constexpr int kScoreThreads = 256;
+constexpr int kScoreCtas = 3;
 constexpr int kScoreWarps = kScoreThreads / 32;
 // The value pass has the pairs of several atoms on their way in registers, and would spill with 64
 // of them: 8 warps, and registers for two or three CTAs.
