@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
     if (of_group < a.group) block = block_of(first_head + of_group, step % per_head);
     return of_group < a.group;
   };
-  Ring<kGradientSlots, decltype(block_of_step)> ring(smem.slots[0], block_of_step);
+  Ring<kGradientSlots, 1, decltype(block_of_step)> ring(smem.slots[0], block_of_step);
   for (int i = 0; i < a.group; ++i) {
     const int64_t head = first_head + i, index = window_index(a, slot, head);
     GradientHead<kParts> task{a, smem, chunk, head, k_head, index, warp};

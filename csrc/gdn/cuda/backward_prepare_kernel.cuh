@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
     if (step < num_blocks) block = key_block(a, a.k, chunk, k_head, step);
     return step < num_blocks;
   };
-  Ring<kPrepareSlots, decltype(block_of_step)> ring(slots, block_of_step);
+  Ring<kPrepareSlots, 1, decltype(block_of_step)> ring(slots, block_of_step);
   Rows scores;
   clear(scores);
   for (int block = 0; block < num_blocks; ++block) {

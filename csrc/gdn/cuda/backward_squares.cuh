@@ -216,25 +216,27 @@ __device__ __forceinline__ void copy_block(float* square, const Block& block) {
   }
 }
 
-/// The squares that a CTA needs, one after the other, copied kSlots - 1 ahead.
-template <int kSlots, class BlockOfStep>
+/// The squares that a CTA needs, one after the other: kHeld of them can be used, the others of
+/// kSlots are on their way.
+template <int kSlots, int kHeld, class BlockOfStep>
 class Ring {
  public:
+  static constexpr int kAhead = kSlots - kHeld;
+
   /// block_of_step(i, block) sets the i-th block and returns whether there is one: it is asked for
-  /// kSlots - 1 more than that.
+  /// kAhead more than that.
   __device__ Ring(float* slots, const BlockOfStep& block_of_step)
       : slots_(slots), block_of_step_(block_of_step) {
 #pragma unroll
-    for (int i = 0; i + 1 < kSlots; ++i) begin_next();
+    for (int i = 0; i < kAhead; ++i) begin_next();
   }
 
-  /// The next square; the one before may be overwritten. A barrier.
+  /// The next square; the one kHeld before may be overwritten. A barrier.
   __device__ const float* next() {
-    cp_async_wait<kSlots - 2>();
+    cp_async_wait<kAhead - 1>();
     __syncthreads();
     begin_next();
-    // The copies are kSlots - 1 ahead, and step on.
-    return slots_ + step_ % kSlots * kSquareFloats;
+    return slots_ + (step_ + kHeld - 1) % kSlots * kSquareFloats;
   }
 
  private:

@@ -144,29 +144,10 @@ __device__ __forceinline__ void each_value(Rows& rows, int column, int v_dim, co
   }
 }
 
-/// An input's value channels of a chunk, transposed; zeros past its end.
-struct ValueSource {
-  const float* first;
-  int64_t stride;
-  int num_tokens;
-
-  __device__ ValueSource(const BackwardArgs& a, const float* array, const StateTask& task,
-                         int64_t idx)
-      : stride(a.p.sizes.v_heads * dim_v(a)) {
-    const Chunk chunk = task.chunk(idx);
-    num_tokens = chunk.num_tokens;
-    const int64_t token = chunk.batch_idx * a.p.sizes.num_tokens + chunk.begin;
-    first = array + token * stride + task.head * dim_v(a) + task.column();
-  }
-  __device__ __forceinline__ void load(int n, Tile& tile) const {
-    const Lane lane = lane_of_warp();
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int token = column_of(lane, n, e);
-      tile[e] = token < num_tokens ? first[token * stride + row_of(lane, e)] : 0.0f;
-    }
-  }
-};
+/// Tile n of the warp's value channels of a square of tokens, transposed.
+__device__ __forceinline__ void read_values(const float* square, int n, Tile& tile) {
+  read_tile<true>(square, recompute(static_cast<int>(threadIdx.x)) / kWarpSize, n, tile);
+}
 __device__ __forceinline__ void store_values(const BackwardArgs& a, float* array, int64_t index,
                                              const StateTask& task, Rows& rows) {
   float* const first = array + index * kChunk * dim_v(a);
@@ -184,7 +165,7 @@ __device__ __forceinline__ void for_each_block(const F& f) {
 
 /// States before the window's chunks, and W and U. Without `keep` only the state at its end.
 template <int kParts, int kMaxDim>
-__global__ void __launch_bounds__(kBackwardThreads)
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardCtas)
     states_kernel(const __grid_constant__ BackwardArgs a, bool keep) {
   constexpr int kBlocks = kMaxDim / kChunk;
   if (!a.table.valid()) return;
@@ -220,7 +201,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
     }
     return true;
   };
-  Ring<kBackwardStateSlots, decltype(block_of_step)> ring(smem.slots[0], block_of_step);
+  Ring<kBackwardStateSlots, 1, decltype(block_of_step)> ring(smem.slots[0], block_of_step);
   for (int done = 0; task.first + done < task.end; ++done) {
     // Computed anew where they are needed: the state leaves no registers for them.
     const auto idx = [&] { return task.first + done; };
@@ -241,7 +222,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         Tile tile;
-        read_tile<true>(v, recompute(static_cast<int>(threadIdx.x)) / kWarpSize, n, tile);
+        read_values(v, n, tile);
         const Lane lane = lane_of_warp();
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -274,7 +255,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
 /// Gradients of states after the window's chunks, dU, dW and dV, and at a sequence's beginning that
 /// of its initial state.
 template <int kParts, int kMaxDim>
-__global__ void __launch_bounds__(kBackwardThreads)
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardCtas)
     d_states_kernel(const __grid_constant__ BackwardArgs a) {
   constexpr int kBlocks = kMaxDim / kChunk;
   if (!a.table.valid()) return;
@@ -295,21 +276,25 @@ __global__ void __launch_bounds__(kBackwardThreads)
       d_state.load(a, a.d_boundaries[0] + task.head * state_floats, false, task.column());
     }
   }
-  // k; P; A; k; q.
   const auto block_of_step = [&](int step, Block& block) {
-    const int num_keys = blocks_of(dim_k(a)), per_chunk = 3 * num_keys + 2;
+    // k; d_out; P; A; k; d_out; q.
+    const int num_keys = blocks_of(dim_k(a)), per_chunk = 3 * num_keys + 4;
     const int64_t idx = task.end - 1 - step / per_chunk;
-    const int i = step % per_chunk, write = i - num_keys - 2;
+    const int i = step % per_chunk;
     if (idx < task.first) return false;
-    if (i == num_keys || i == num_keys + 1) {
-      block = square_block(i == num_keys ? a.p_scores : a.a, task.index(a, idx));
+    if (i == num_keys || i == 2 * num_keys + 3) {
+      block = token_block(a, a.d_out, task.chunk(idx), a.p.sizes.v_heads, task.head, dim_v(a),
+                          task.slice);
+    } else if (i == num_keys + 1 || i == num_keys + 2) {
+      block = square_block(i == num_keys + 1 ? a.p_scores : a.a, task.index(a, idx));
     } else {
-      block = key_block(a, write < num_keys ? a.k : a.q, task.chunk(idx), task.k_head,
-                        write < 0 ? i : write % num_keys);
+      const int before = i < num_keys ? 0 : i < 2 * num_keys + 3 ? num_keys + 3 : 2 * num_keys + 4;
+      block =
+          key_block(a, i < 2 * num_keys + 3 ? a.k : a.q, task.chunk(idx), task.k_head, i - before);
     }
     return true;
   };
-  Ring<kBackwardStateSlots, decltype(block_of_step)> ring(smem.slots[0], block_of_step);
+  Ring<kBackwardStateSlots, 2, decltype(block_of_step)> ring(smem.slots[0], block_of_step);
   for (int done = 0; task.end - 1 - done >= task.first; ++done) {
     const auto idx = [&] { return task.end - 1 - done; };
     const auto index = [&] { return task.index(a, idx()); };
@@ -323,13 +308,13 @@ __global__ void __launch_bounds__(kBackwardThreads)
       const float* const k = ring.next();
       if (has_columns()) d_state.template read<block()>(dw, k, tiles_in(dim_k(a), block()));
     });
+    const float* const d_out = ring.next();
     const float* square = ring.next();
     if (has_columns()) {
       const TokenScalars& tokens = a.tokens[index()];
       each_value(dw, 0, 0, [&](float& x, int token, int) { x *= tokens.rest[token]; });
-      const ValueSource d_out(a, a.d_out, task, idx());
       multiply_tiles<kParts, RowsAre::kInner>(
-          dw, [&](int n, Tile& tile) { d_out.load(n, tile); }, square, kTiles, kTiles);
+          dw, [&](int n, Tile& tile) { read_values(d_out, n, tile); }, square, kTiles, kTiles);
       store_values(a, a.du, index(), task, dw);
     }
     square = ring.next();
@@ -355,11 +340,11 @@ __global__ void __launch_bounds__(kBackwardThreads)
       const float* const k = ring.next();
       if (has_columns()) d_state.template write<block()>(dw, k, tiles_in(dim_k(a), block()));
     });
+    square = ring.next();
     if (has_columns()) {
       const TokenScalars& tokens = a.tokens[index()];
-      const ValueSource d_out(a, a.d_out, task, idx());
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) d_out.load(n, dw[n]);
+      for (int n = 0; n < kTiles; ++n) read_values(square, n, dw[n]);
       each_value(dw, 0, 0, [&](float& x, int token, int) { x *= a.p.scale * tokens.exp_G[token]; });
     }
     for_each_block<kBlocks>([&](auto block) {

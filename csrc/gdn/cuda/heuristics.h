@@ -59,10 +59,13 @@ constexpr int kConvAhead = 8;
 
 // A warp for each 16 tokens of a chunk, or 16 value channels of a state.
 constexpr int kBackwardThreads = 128;
-// Squares of 18 KiB in shared memory. The serial kernels use one while four are on their way: a
-// chunk is five (states) or eight (gradients) of them at k_dim 128, so that copies are most of a
-// chunk ahead. The parallel kernel keeps two of its own beside three.
+// Squares of 18 KiB in shared memory. The serial kernels use one or two while the others are on
+// their way: a chunk is six (states) or ten (gradients) of them at k_dim 128. The parallel kernel
+// keeps two of its own beside three.
 constexpr int kBackwardStateSlots = 5;
+// CTAs of the serial kernels that shared memory leaves room for on an H200: the registers must not
+// be cut to more, which spills.
+constexpr int kBackwardCtas = 2;
 constexpr int kGradientSlots = 3;
 constexpr int kCopyThreads = 256;
 
