@@ -1,6 +1,7 @@
 // gdn_chunk_scan on CUDA: what does not need the state for all chunks at once, then each sequence
 // from chunk to chunk.
 #include <optional>
+#include <type_traits>
 
 #include "core/cuda/grid.h"
 #include "core/cuda/launch.cuh"
@@ -40,10 +41,10 @@ class AlignedInput {
       launch(kernel, grid_of((args.num_fours + kPackThreads - 1) / kPackThreads), kPackThreads, 0,
              current_stream(), args, to);
     };
-    if (x.dtype == DtypeOf<T>::value) {
-      pack(pack_kernel<T, T>);
+    if constexpr (std::is_same_v<T, float>) {
+      pack(x.dtype == Dtype::kFloat16 ? pack_kernel<Half, T> : pack_kernel<T, T>);
     } else {
-      pack(pack_kernel<Half, T>);
+      pack(pack_kernel<T, T>);
     }
     view_ = {.data = to,
              .dtype = DtypeOf<T>::value,
