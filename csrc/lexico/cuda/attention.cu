@@ -66,7 +66,7 @@ void check_alignment(const AttentionParams& p) {
   check_aligned_16(p.k_tail, "lexico_attention: k_tail");
   check_aligned_16(p.v_tail, "lexico_attention: v_tail");
   for (int64_t i = 0; i < p.num_blocks; ++i) {
-    const std::string place = "[" + std::to_string(i) + "]";
+    const std::string place = std::string("[").append(std::to_string(i)).append("]");
     check_aligned_16(p.k_blocks[i].data, "lexico_attention: k_blocks" + place);
     check_aligned_16(p.v_blocks[i].data, "lexico_attention: v_blocks" + place);
   }
