@@ -21,9 +21,9 @@ def _resident(field: str) -> int:
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     """Bytes that one call adds at its peak: its result and its scratch memory.
 
-    On the CPU that is how much more memory was resident, of pages of 4 KiB; None where the system
-    does not tell. Memory that the allocator kept from before and gives again is handed back to the
-    system first.
+    On the CPU that is how much more memory was resident, to a few hundred KiB, as Linux counts it;
+    None where the system does not tell. Memory that the allocator kept from before and gives again
+    is handed back to the system first.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -307,7 +307,8 @@ def test_peak_bytes_sees_scratch_memory(bench):
         scratch = torch.ones(16 << 20, dtype=torch.uint8)
         return scratch[:1].clone()
 
-    assert 16 << 20 <= peak_bytes(run, torch.device("cpu")) < 24 << 20
+    # Linux counts resident pages in batches of each CPU, so that a few hundred KiB may be missing.
+    assert 15 << 20 <= peak_bytes(run, torch.device("cpu")) < 24 << 20
 
 
 def test_a_case_runs_in_a_process_of_its_own(bench):

@@ -11,6 +11,7 @@
 #include "core/cuda/copy.cuh"
 #include "core/cuda/error_flags.cuh"
 #include "core/cuda/reduce.cuh"
+#include "core/cuda/scan.cuh"
 #include "wrappers_math.h"
 #include "wrappers_matrix.h"
 #include "wrappers_support.h"
@@ -89,7 +90,7 @@ __global__ void collective_kernel(const uint32_t* in, uint32_t* out, uint32_t* c
                                   uint32_t* flags) {
   const int t = static_cast<int>(threadIdx.x), lane = t % 32;
   const uint32_t x = in[t];
-  uint32_t* own = out + 24 * t;
+  uint32_t* own = out + 26 * t;
   *own++ = __shfl_sync(kAllLanes, x, lane * 7 + 3);
   *own++ = __shfl_sync(kAllLanes, x, 5, 8);
   *own++ = __shfl_xor_sync(kAllLanes, x, 21);
@@ -119,7 +120,11 @@ __global__ void collective_kernel(const uint32_t* in, uint32_t* out, uint32_t* c
   *own++ = __ldg(in + (t + 1) % 128);
   *own++ = static_cast<uint32_t>(min(t, 70) + max(t, 3));
   *own++ = static_cast<uint32_t>(warpSize);
-  *own = blockDim.x + 1000 * gridDim.x;
+  *own++ = blockDim.x + 1000 * gridDim.x;
+  int total = 0;
+  *own++ = static_cast<uint32_t>(block_exclusive_sum<128>(static_cast<int>(x & 0xffff),
+                                                          reinterpret_cast<int*>(scratch), total));
+  *own = static_cast<uint32_t>(total);
   atomicAdd(&counters[0], x);
   atomicAdd(reinterpret_cast<int*>(&counters[1]), static_cast<int>(x));
   atomicAdd(reinterpret_cast<float*>(&counters[2]), __int2float_rn(t));
@@ -137,7 +142,7 @@ __global__ void collective_kernel(const uint32_t* in, uint32_t* out, uint32_t* c
 }
 
 void collectives() {
-  Buffer<uint32_t> in(random_words(128, 3)), out{zeros(24 * 128)};
+  Buffer<uint32_t> in(random_words(128, 3)), out{zeros(26 * 128)};
   std::vector<uint32_t> start(16, 0);
   start[5] = start[8] = ~0u;
   start[13] = 1;
