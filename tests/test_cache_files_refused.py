@@ -1,13 +1,14 @@
-"""TurboCache.load refuses whatever is not right."""
+"""TurboCache.load refuses whatever is not right, and save what a file cannot hold."""
 
 import pickle
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import MistralConfig
 
 import hf_models
-from cache_files import drop, load, put, rewrite, row, save_all, text, value
+from cache_files import drop, filled, load, put, rewrite, row, save_all, text, value
 from hf_models import needs_hybrids
 from kvcore.cache import CacheFileError, TurboCache
 
@@ -56,6 +57,28 @@ def test_capacity_is_the_callers(saved):
         load(saved / "llama", max_cache_len=208)
     with pytest.raises(ValueError, match="holds nothing exactly"):
         load(saved / "exact", max_cache_len=300)
+
+
+def test_a_layer_without_a_file_format_is_not_saved(tmp_path):
+    config = MistralConfig(num_hidden_layers=2, head_dim=64, sliding_window=16)
+    cache = TurboCache(config, max_cache_len=128)
+    with pytest.raises(
+        NotImplementedError,
+        match=r"TurboCache\.save: layer 0 is a StaticSlidingWindowLayer, which has no file format",
+    ):
+        cache.save(tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_hybrids
+def test_past_states_are_not_saved(tmp_path):
+    cache = filled("qwen3_next")
+    cache.layers[0].activate_past_recording()
+    with pytest.raises(
+        NotImplementedError, match=r"TurboCache\.save: layer 0 records past states for assisted"
+    ):
+        cache.save(tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
 
 
 def duplicate(metadata, parts, tensors):

@@ -16,7 +16,8 @@ from cache_tools import (
     turbo_layer,
 )
 from hf_models import needs_hybrids
-from kvcore.cache import TurboCache
+from kvcore.cache import CompressedCache, TurboCache
+from kvcore.cache.layer import CompressedLayer
 from kvcore.cache.linear import linear_states
 
 pytestmark = pytest.mark.usefixtures("no_fallback_reasons")
@@ -98,6 +99,24 @@ def test_batch_calls_reach_linear_layers(generator):
     assert torch.equal(held[1], state[[1, 0, 0]])
     assert cache.layers[3].batch_size == 3
     assert not cache.is_croppable
+
+
+@pytest.mark.parametrize(
+    ("base", "missing"),
+    [
+        (CompressedCache, {"file_settings", "from_file"}),
+        (
+            CompressedLayer,
+            {"_begin", "_append", "export_store", "stored_form", "check_stored", "restore_store"},
+        ),
+    ],
+)
+def test_a_subclass_that_lacks_something_is_not_built(base, missing):
+    assert base.__abstractmethods__ == missing
+    for name in missing:
+        others = dict.fromkeys(missing - {name}, lambda *_: None)
+        with pytest.raises(TypeError, match=rf"Incomplete .*abstract method '?{name}"):
+            type("Incomplete", (base,), others)(None)
 
 
 # ---- memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import os
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ from kvcore.cache.padding import PaddingTracker
 from kvcore.cache.safe_file import FileKind
 
 
-class CompressedCache(DynamicCache):
+class CompressedCache(DynamicCache, abc.ABC):
     """A Hugging Face cache whose full-attention layers are compressed; the others stay.
 
     Subclasses are :class:`kvcore.cache.TurboCache` and :class:`kvcore.cache.LexicoCache`.
@@ -87,16 +88,16 @@ class CompressedCache(DynamicCache):
     file_kind: FileKind
     settings_names: frozenset[str]
 
+    @abc.abstractmethod
     def file_settings(self) -> dict:
         """The settings that a file states, JSON values by ``settings_names``."""
-        raise NotImplementedError
 
     @classmethod
+    @abc.abstractmethod
     def from_file(
         cls, config: PretrainedConfig, settings: dict, rows: list[dict], **arguments: object
     ) -> CompressedCache:
         """An empty cache of a file's settings and of the facts of its layers, ``rows``."""
-        raise NotImplementedError
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sequence ``repeats`` times, in place of it."""

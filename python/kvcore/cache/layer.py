@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import abc
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -59,6 +61,7 @@ class CompressedLayer(LayerFiles, CacheLayerMixin):
 
     # ---- what a subclass adds
 
+    @abc.abstractmethod
     def _begin(self, k: Tensor, v: Tensor, padding: np.ndarray) -> object | None:
         """The store of the first tokens, or None if there are too few of them yet.
 
@@ -67,14 +70,13 @@ class CompressedLayer(LayerFiles, CacheLayerMixin):
             v: shape and dtype of k.
             padding: int64 ``[batch]``, leading tokens of each sequence that are padding.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _append(self, k: Tensor, v: Tensor, padding: np.ndarray | None) -> tuple[LazyKV, LazyKV]:
         """Stores new tokens without gradients; views of all. What fails has not happened.
 
         ``padding`` is that among the new tokens, int64 ``[batch]`` or None.
         """
-        raise NotImplementedError
 
     def _check_first(self, k: Tensor) -> None:
         """Refuses K that does not fit the settings; called once, before anything is adopted."""

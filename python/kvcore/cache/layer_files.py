@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import abc
+
 import torch
 from torch import Tensor
 
 
-class LayerFiles:
+class LayerFiles(abc.ABC):
     """The part of a layer's row in a file, and of its tensors, that its store is.
 
     A *row* is the layer's JSON object in the metadata. :mod:`kvcore.cache.serialize` adds what is
@@ -22,20 +24,20 @@ class LayerFiles:
         """Facts of the layer in any state."""
         return {}
 
+    @abc.abstractmethod
     def export_store(self) -> tuple[dict, dict[str, Tensor]] | None:
         """Facts for JSON and tensors of the store; None if there is nothing in it to keep."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def stored_form(self, row: dict, dtype: torch.dtype, field: str) -> dict[str, tuple]:
         """Checks the facts of a store; returns dtype and shape of its tensors."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def check_stored(self, row: dict, tensors: dict[str, Tensor], field: str) -> None:
         """Checks the values of a store whose form was checked."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def restore_store(
         self, row: dict, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device
     ) -> None:
         """Adopts what :meth:`export_store` gave, after it was checked."""
-        raise NotImplementedError
