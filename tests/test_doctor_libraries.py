@@ -59,9 +59,20 @@ def missing_version(path):
     provide(1)
 
 
-def truncated(path):
-    """A copy that broke off, early: past its headers the loader itself would crash."""
+def cut_short(path):
+    """A copy that broke off within its first header."""
     path.write_bytes((PACKAGE / "kvcore_cpu.so").read_bytes()[:50])
+
+
+def truncated(path):
+    """A copy that broke off later: the loader would take it, and the process would die."""
+    content = (PACKAGE / "kvcore_cpu.so").read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def without_headers(path):
+    """A copy that broke off behind its first header."""
+    path.write_bytes((PACKAGE / "kvcore_cpu.so").read_bytes()[:100])
 
 
 def empty(path):
@@ -83,7 +94,9 @@ BROKEN = [
     (missing_runtime, "libcudart.so.99: cannot open shared object", "install what the loader"),
     (another_torch, "undefined symbol: aoti_torch_of_another_version", "built beside other"),
     (missing_version, "version `RUNTIME_99' not found", "built beside other"),
-    (truncated, "file too short", "the file is damaged or not for this machine"),
+    (cut_short, "file too short", "the file is damaged or not for this machine"),
+    (truncated, "file truncated, ", "the file is damaged or not for this machine"),
+    (without_headers, "file truncated, 100 of", "the file is damaged or not for this machine"),
     (empty, "file too short", "the file is damaged or not for this machine"),
     (other_machine, "wrong ELF class", "the file is damaged or not for this machine"),
     (not_readable, "cannot read file data: Is a directory", "the file is damaged"),
@@ -120,6 +133,15 @@ def test_a_library_that_does_not_load_is_explained(cuda_library, make, reason, r
     assert remedy in found["remedy"]
     status = _native.status()
     assert (status["kvcore_cpu"].loaded, status["kvcore_cuda"].loaded) == (True, False)
+
+
+def test_a_truncated_cpu_library_is_an_import_error(cuda_library):
+    cpu = cuda_library.with_name("kvcore_cpu.so")
+    cpu.unlink()
+    truncated(cpu)
+    with pytest.raises(ImportError, match=r"does not load .* file truncated, \d+ of at least \d+"):
+        _native.load()
+    assert not _native.status()["kvcore_cpu"].loaded
 
 
 @needs_compiler

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import pathlib
 import re
+import struct
 
 MIN_TORCH = (2, 11)
 INSTALL = "pip install --no-build-isolation ."
@@ -36,6 +37,33 @@ def _torch_version(version: str) -> tuple[int, int]:
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
+def _check_whole(path: pathlib.Path) -> None:
+    """Raises OSError if a library ends before what its program headers say is loaded of it.
+
+    The loader maps a file whose copy broke off without an error, and the process dies of SIGBUS
+    where it touches the first page that is not there. Whatever is no ELF file of 64 bit, or too
+    short to say, is left to the loader, which explains it.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(1 << 12)
+            size = file.seek(0, 2)
+    except OSError:
+        return
+    if len(head) < 64 or head[:5] != b"\x7fELF\x02":
+        return
+    order = "<" if head[5] == 1 else ">"
+    (table,) = struct.unpack_from(f"{order}Q", head, 32)
+    entry_size, count = struct.unpack_from(f"{order}HH", head, 54)
+    entry = struct.Struct(f"{order}IIQQQQ")  # type, flags, offset, two addresses, bytes
+    end = table + entry_size * count
+    if end <= len(head) and entry_size >= entry.size:
+        entries = [entry.unpack_from(head, table + entry_size * i) for i in range(count)]
+        end = max((offset + length for _, _, offset, _, _, length in entries), default=end)
+    if size < end:
+        raise OSError(f"{path}: file truncated, {size} of at least {end} bytes")
+
+
 def load() -> None:
     """Loads kvcore_cpu.so, and kvcore_cuda.so where it exists and torch has CUDA.
 
@@ -55,6 +83,7 @@ def load() -> None:
         _libraries["kvcore_cpu"] = Library(cpu, False, reason)
         raise ImportError(reason)
     try:
+        _check_whole(cpu)
         torch.ops.load_library(cpu)
     except OSError as error:
         reason = (
@@ -73,6 +102,7 @@ def load() -> None:
         _libraries["kvcore_cuda"] = Library(cuda, False, reason)
     else:
         try:
+            _check_whole(cuda)
             torch.ops.load_library(cuda)
             _libraries["kvcore_cuda"] = Library(cuda, True)
         except OSError as error:
@@ -86,7 +116,8 @@ def load() -> None:
         return
     path = pathlib.Path(host.origin)
     try:
+        _check_whole(path)
         importlib.import_module("kvcore._C")
         _libraries["_C"] = Library(path, True)
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         _libraries["_C"] = Library(path, False, str(error))
