@@ -206,6 +206,57 @@ def test_compiled_steps_equal_eager_ones_inductor(name, implementation):
     check_compiled(name, implementation, "inductor")
 
 
+def changed_mask(column, shown):
+    """A step's mask that differs from the prompt's in one column of the second sequence."""
+    mask = whole_mask(prompt(2, PROMPT, PADDING)[1])
+    mask[1, column] = shown
+    return mask
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        changed_mask(30, 0),
+        changed_mask(PADDING[1], 0),
+        changed_mask(PADDING[1] - 1, 1),
+        changed_mask(PROMPT, 0),
+        None,
+    ],
+    ids=["hole", "more padding", "less padding", "the new token", "none"],
+)
+def test_a_compiled_step_refuses_other_masks(mask, backend="aot_eager"):
+    """The graph attends to what is stored: by another mask its result would be wrong."""
+    name = "llama"
+    net = kvcore.hf.enable(model(name))
+    cache = cache_of(name, max_cache_len=CAPACITY)
+    ids, given = prompt(2, PROMPT + 1, PADDING)
+    compiled = torch.compile(net, fullgraph=True, dynamic=False, backend=backend)
+    with torch.no_grad():
+        net(ids[:, :PROMPT], attention_mask=given[:, :PROMPT], past_key_values=cache)
+        compiled(ids[:, PROMPT:], attention_mask=whole_mask(given), past_key_values=cache)
+        with pytest.raises(RuntimeError, match="mask of a compiled step must hide the future"):
+            compiled(ids[:, PROMPT:], attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_refuses_other_masks_inductor():
+    test_a_compiled_step_refuses_other_masks(changed_mask(30, 0), "inductor")
+
+
+def test_a_compiled_step_refuses_a_mask_of_fewer_keys():
+    net = kvcore.hf.enable(model("llama"))
+    cache = cache_of("llama", max_cache_len=CAPACITY)
+    ids, mask = prompt(2, PROMPT + 1, (0, 0))
+    with torch.no_grad():
+        net(ids[:, :PROMPT], attention_mask=mask[:, :PROMPT], past_key_values=cache)
+        with pytest.raises(ValueError, match=f"must be of max_cache_len's {CAPACITY} keys, got"):
+            torch.compile(net, dynamic=False, backend="eager")(
+                ids[:, PROMPT:],
+                attention_mask=mask[:, None, None, :].bool(),
+                past_key_values=cache,
+            )
+
+
 def test_eager_calls_between_compiled_steps(generator):
     """Crop, reorder and save see what compiled steps did."""
     name = "llama"

@@ -111,27 +111,39 @@ class PaddingTracker:
 
 
 def _is_plain(mask: Tensor, q_len: int, num_tokens: int, padding: np.ndarray, causal: bool) -> bool:
-    batch = len(padding)
-    if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[2] != q_len:
+    if mask.ndim != 4 or mask.shape[0] not in (1, len(padding)) or mask.shape[2] != q_len:
         return False
-    if mask.shape[3] < num_tokens:
+    if mask.shape[3] < num_tokens or not (mask.dtype == torch.bool or mask.is_floating_point()):
         return False
-    mask = mask[..., :num_tokens]
-    if mask.dtype == torch.bool:
-        shown = mask
-    elif mask.dtype.is_floating_point:
-        shown = mask == 0
-        # Anything between shown and hidden is a bias.
-        if not (shown | (mask <= torch.finfo(mask.dtype).min / 2)).all():
-            return False
-    else:
-        return False
-    keys = torch.arange(num_tokens, device=mask.device)
-    rows = keys[num_tokens - q_len :]
-    left = torch.from_numpy(padding).to(mask.device)[:, None, None]
-    expected = keys >= left
-    if causal:
-        expected = expected & (keys <= rows[:, None])
+    left = torch.from_numpy(padding).to(mask.device)
+    return bool(hides_the_rest(mask[..., :num_tokens], num_tokens, left, causal))
+
+
+def hides_the_rest(mask: Tensor, num_tokens: int | Tensor, left: Tensor, causal: bool) -> Tensor:
+    """Whether a mask shows the newest tokens what is stored before them, and nothing else.
+
+    Works inside compiled graphs: nothing depends on values.
+
+    Args:
+        mask: ``[batch or 1, heads or 1, q_len, keys]``, bool (True is shown) or additive (0 is
+            shown).
+        num_tokens: tokens, padding counted; the queries are the newest.
+        left: int64 ``[batch]``, leading tokens of each sequence that are padding.
+        causal: False if queries see later tokens too.
+
+    Returns:
+        A bool scalar.
+    """
+    q_len, num_keys = mask.shape[2:]
+    shown = mask if mask.dtype == torch.bool else mask == 0
+    keys = torch.arange(num_keys, device=mask.device)
+    rows = torch.arange(q_len, device=mask.device) + (num_tokens - q_len)
+    left = left[:, None, None]
+    expected = (keys >= left) & (keys <= rows[:, None] if causal else keys < num_tokens)
     # What a padding token sees is of no use to anyone; libraries differ about it.
     is_padding = rows[:, None] < left
-    return bool(((shown == expected[:, None]) | is_padding[:, None]).all())
+    plain = ((shown == expected[:, None]) | is_padding[:, None]).all()
+    if mask.dtype == torch.bool:
+        return plain
+    # Anything between shown and hidden is a bias.
+    return plain & (shown | (mask <= torch.finfo(mask.dtype).min / 2)).all()

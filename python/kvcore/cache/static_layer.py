@@ -7,11 +7,16 @@ import torch
 from torch import Tensor
 
 from kvcore.cache import compat, store_files
-from kvcore.cache.padding import PaddingTracker
+from kvcore.cache.padding import PaddingTracker, hides_the_rest
 from kvcore.cache.settings import TurboSettings
 from kvcore.cache.static_store import StaticStore
 from kvcore.cache.turbo_layer import TurboLayer
 from kvcore.cache.view import LazyKV, Snapshot
+
+MASK_ERROR = (
+    "kvcore: the attention mask of a compiled step must hide the future and the left padding of "
+    "the prompt and nothing else; run steps with other masks eagerly"
+)
 
 
 class StaticView:
@@ -27,7 +32,8 @@ class StaticTurboLayer(TurboLayer):
 
     The prompt runs eagerly and its first update calibrates, however few tokens it has: nothing can
     be held back for later in a compiled graph. Compiled steps then store and attend without the
-    host: they hold no padding, and their mask is taken to be causal over what the prompt stored.
+    host: they hold no padding, and a mask that is not causal over what the prompt stored is an
+    error (:meth:`check_mask`).
 
     With an attention implementation other than ``kvcore``, :meth:`update` returns K and V rebuilt
     over the whole capacity, as ``StaticLayer`` does.
@@ -116,6 +122,34 @@ class StaticTurboLayer(TurboLayer):
             self._publish_store()
             raise
         return exact if first else self._readable(views)
+
+    def check_mask(self, mask: Tensor | None, q_len: int, causal: bool) -> None:
+        """Refuses a mask of a compiled step, when it runs, if the store does not attend by it.
+
+        The graph has one way to attend, chosen before the mask's values are known. Eager steps
+        take any mask.
+
+        Args:
+            mask: ``[batch or 1, heads or 1, q_len or 1, max_cache_len or more]``, bool or additive;
+                None shows everything.
+            q_len: queries, the newest tokens.
+            causal: without later tokens.
+
+        Raises:
+            ValueError: while it is traced, for a mask of other keys.
+            RuntimeError: from the graph; on CUDA an assertion of the device.
+        """
+        if mask is None:
+            plain = (self._shifts == 0).all()
+        elif mask.shape[-1] < self.max_cache_len:
+            raise ValueError(
+                f"kvcore: attention_mask must be of max_cache_len's {self.max_cache_len} keys, "
+                f"got {mask.shape[-1]}"
+            )
+        else:
+            mask = mask.expand(-1, -1, q_len, -1)
+            plain = hides_the_rest(mask, self.cumulative_length, self._shifts, causal)
+        torch._assert_async(plain, MASK_ERROR)
 
     def rebuild(self) -> tuple[Tensor, Tensor]:
         """K and V ``[batch, kv_heads, max_cache_len, head_dim]`` without the host's help.

@@ -39,7 +39,9 @@ class TurboCache(CompressedCache):
         tail_margin: headroom of the scale under which new tokens are buffered, at least 1.
         sas_threshold: scores this far below a row's maximum count as zero; None is exact.
         max_cache_len: most tokens of a sequence, padding counted. All memory is then allocated at
-            the first update, and decoding can be compiled; the batch size is fixed.
+            the first update, and decoding can be compiled; the batch size is fixed. A compiled
+            step whose mask hides more than the future and the prompt's left padding, or less, is
+            an error; an eager one takes any mask.
 
     Raises:
         ValueError: naming the argument.

@@ -62,6 +62,7 @@ def kvcore_attention(
     rebuilt = False
     if type(key) is StaticView:
         if not special and not dropout and kwargs.get("sliding_window") is None:
+            key.layer.check_mask(attention_mask, query.shape[2], is_causal)
             out = key.layer.store.decode(query, scale=scaling, causal=is_causal)
             return out.transpose(1, 2), None
         key, value = key.layer.rebuild()
