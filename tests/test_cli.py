@@ -15,9 +15,9 @@ from kvcore import cli
 transformers = pytest.importorskip("transformers")
 
 from kvcore.demo import textmodel  # noqa: E402
-from kvcore.demo.caches import CacheChoice  # noqa: E402
-from kvcore.demo.generate import bytes_16bit, generate  # noqa: E402
-from kvcore.eval import cache_bytes  # noqa: E402
+from kvcore.demo.generate import generate  # noqa: E402
+from kvcore.eval import bytes_16bit, cache_bytes  # noqa: E402
+from kvcore.eval.caches import CacheChoice  # noqa: E402
 
 TEXT = "def greet(name):\n    return 'Grüße, ' + name  # naïve, 你好, 😀\n" * 3
 
@@ -87,7 +87,7 @@ def test_module_runs():
     assert run.stdout == f"kvcore {kvcore.__version__}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["doctor"], ["demo"], ["generate"]])
+@pytest.mark.parametrize("command", [[], ["doctor"], ["demo"], ["generate"], ["eval"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])

@@ -9,13 +9,20 @@ import pytest
 import torch
 
 from kvcore import cli
-from kvcore.eval import Interval, accuracy, bits_per_byte, kl_divergence, stepwise_scores
+from kvcore.eval import (
+    Interval,
+    accuracy,
+    bits_per_byte,
+    kl_divergence,
+    stepwise_scores,
+    through_caches,
+)
 
 pytest.importorskip("transformers")
 
 from kvcore.demo import models, report, run, tasks
-from kvcore.demo.caches import COMPARED, FULL, CacheChoice
-from kvcore.demo.measure import Quality, Scores, Workload, compare, measure, score, through_caches
+from kvcore.demo.measure import Quality, Scores, Workload, compare, measure, score
+from kvcore.eval.caches import COMPARED, FULL, CacheChoice
 
 TWO = CacheChoice(k_bits=2, v_bits=2)
 

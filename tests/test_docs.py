@@ -20,18 +20,31 @@ def snippets():
             yield pytest.param(match[1], id=f"{path.relative_to(ROOT)}:{line}")
 
 
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory):
-    """A Qwen3 of random weights with a tokenizer of bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+def byte_tokenizer(special=None):
+    """A tokenizer of bytes, with special tokens by their roles; a text begins with bos_token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
 
-    path = tmp_path_factory.mktemp("qwen3")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+    special = special or {}
+    tokenizer.add_special_tokens(list(special.values()))
+    if bos := special.get("bos_token"):
+        tokenizer.post_processor = processors.TemplateProcessing(
+            f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    """A Qwen3 of random weights with a tokenizer of bytes."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    path = tmp_path_factory.mktemp("qwen3")
+    byte_tokenizer().save_pretrained(path)
     config = Qwen3Config(
         vocab_size=256,
         hidden_size=128,

@@ -13,8 +13,8 @@ from kvcore.doctor import environment, report, selfcheck
 transformers = pytest.importorskip("transformers")
 
 from kvcore.demo import textmodel  # noqa: E402
-from kvcore.demo.caches import CacheChoice  # noqa: E402
 from kvcore.doctor import probe  # noqa: E402
+from kvcore.eval.caches import CacheChoice  # noqa: E402
 
 OPS = selfcheck.op_names()
 

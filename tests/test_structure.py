@@ -237,7 +237,7 @@ THIRD_PARTY = {
     # transformers requires numpy, safetensors and tqdm.
     "cache": {"numpy", "safetensors", "transformers"},
     "hf": {"transformers"},
-    "eval": {"transformers", "safetensors"},
+    "eval": {"matplotlib", "safetensors", "tqdm", "transformers"},
     "lexico_training": {"safetensors", "tqdm"},
     "demo": {"matplotlib", "numpy", "safetensors", "tqdm", "transformers"},
     "doctor": {"transformers"},

@@ -12,14 +12,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cases
-from kvcore.eval import kl_divergence
+from kvcore.eval import kl_divergence, through_caches
 
 pytest.importorskip("transformers")
 
 from kvcore.demo import models, tasks
-from kvcore.demo.caches import FULL, CacheChoice
-from kvcore.demo.measure import Workload, measure, through_caches
+from kvcore.demo.measure import Workload, measure
 from kvcore.eval import bits_per_byte, paired_ratio_interval
+from kvcore.eval.caches import FULL, CacheChoice
 
 EIGHT, FOUR = CacheChoice(k_bits=8, v_bits=8), CacheChoice(k_bits=4, v_bits=4)
 PLAIN_EIGHT = dataclasses.replace(EIGHT, balance=False, subtract_mean=False)

@@ -114,8 +114,8 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from kvcore.demo.caches import CacheChoice
     from kvcore.demo.generate import generate
+    from kvcore.eval.caches import CacheChoice
 
     try:
         names = [field.name for field in dataclasses.fields(CacheChoice) if field.name != "kind"]
@@ -405,6 +405,85 @@ def _train_dictionary_parser(commands: Any) -> None:
     parser.set_defaults(run=_train_dictionary)
 
 
+def _subject(name: str, args: argparse.Namespace, texts: list[str] | None) -> Any:
+    """The model that `kvcore eval` measures next, and what it is measured on."""
+    import torch
+
+    from kvcore.demo import models, tasks
+    from kvcore.eval import recall, run
+
+    loaded = _load_model(name, dtype=args.dtype, device=args.device)
+    if texts is None:
+        texts = [tasks.held_out_text().tobytes().decode(errors="replace")]
+    tokens, prefix = run.text_tokens(texts, loaded.encode)
+    symbols = None
+    if name in models.NAMES:  # what they were trained to recall
+        symbols = recall.Symbols(
+            torch.arange(models.NUM_KEYS) + models.FIRST_KEY,
+            torch.arange(models.NUM_VALUES) + models.FIRST_VALUE,
+        )
+    return run.Subject(
+        name, loaded.model, loaded.decode, tokens, prefix, symbols, loaded.max_positions
+    )
+
+
+def _eval(args: argparse.Namespace) -> int:
+    import platform
+    import shlex
+
+    _need_transformers()
+    from kvcore.eval import command, options, specs
+
+    source: dict[str, Any] = {"files": "held out of the standard library"}
+    source["python"] = platform.python_version()
+    texts = None
+    if args.text is not None:
+        texts, sha = _read_texts(args.text)
+        source = {"files": len(args.text), "sha256": sha}
+    _check_isa()
+    try:
+        plan = options.plan_of(args)
+        caches = specs.parse_all(args.cache, args.dictionaries)
+        names = list(dict.fromkeys(args.model))
+        return command.main(
+            (_subject(name, args, texts) for name in names),
+            caches,
+            plan,
+            command=shlex.join(["kvcore", *args.argv]),
+            text=source,
+            out=None if args.out is None else Path(args.out),
+        )
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+
+
+def _eval_parser(commands: Any) -> None:
+    from kvcore.eval import options
+
+    parser = commands.add_parser(
+        "eval",
+        help="measure what caches cost a model in quality, and the bytes that they hold",
+        description="Scores text and recall step by step through each cache and compares with the "
+        "full one: bits per byte, KL, next-token agreement, needles by depth and length, recall "
+        "against the number of pairs, how evenly a prompt suffers, and bytes. A cache that a model "
+        "cannot have is listed with the reason. Ctrl-C keeps what was finished.",
+    )
+    parser.add_argument(
+        "--model", required=True, action="append", metavar="MODEL", help=f"{MODEL_HELP}; repeatable"
+    )
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        metavar="FILE",
+        help="to score, and to hide needles in (default: source files of Python that the shipped "
+        "models were not trained on)",
+    )
+    parser.add_argument("--out", metavar="DIR", help="gets eval.json and the plots")
+    options.add_options(parser)
+    _add_model_options(parser)
+    parser.set_defaults(run=_eval)
+
+
 def _bench(args: argparse.Namespace) -> int:
     import subprocess
 
@@ -457,6 +536,7 @@ def build_parser() -> argparse.ArgumentParser:
     _demo_parser(commands)
     _generate_parser(commands)
     _train_dictionary_parser(commands)
+    _eval_parser(commands)
     _bench_parser(commands)
     return parser
 
@@ -465,6 +545,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: this process's) and returns the exit code."""
     parser = build_parser()
     args, args.options = parser.parse_known_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
     if args.options and not getattr(args, "takes_options", False):
         parser.error(f"unrecognized arguments: {' '.join(args.options)}")
     try:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcore.demo.caches import CacheChoice
-from kvcore.eval import CacheBytes, cache_bytes
+from kvcore.eval import CacheBytes, bytes_16bit, cache_bytes
+from kvcore.eval.caches import CacheChoice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,19 +57,6 @@ class _Stream:
 
     def end(self) -> None:
         pass
-
-
-def bytes_16bit(config: Any, num_tokens: int) -> int:
-    """Bytes in 16 bit of one sequence's K and V, in the attention layers that `config` names."""
-    config = config.get_text_config(decoder=True)
-    layers = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kept = {"full_attention": num_tokens}
-    if window := getattr(config, "sliding_window", None):
-        # The newest token sees itself and window - 1 others, which is what such a layer keeps.
-        kept["sliding_attention"] = min(num_tokens, window - 1)
-    return sum(kept.get(layer, 0) for layer in layers) * 2 * heads * head_dim * 2
 
 
 def generate(

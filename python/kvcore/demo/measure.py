@@ -6,10 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from kvcore.demo.caches import FULL, CacheChoice
 from kvcore.eval import (
     Interval,
     accuracy,
@@ -18,9 +16,9 @@ from kvcore.eval import (
     kl_divergence,
     mean_interval,
     paired_ratio_interval,
-    prefill,
-    stepwise_scores,
+    through_caches,
 )
+from kvcore.eval.caches import FULL, CacheChoice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,44 +65,6 @@ class Quality:
     recall_change: Interval  # difference of shares
     kl: Interval  # nats per byte
     agreement: Interval  # share of bytes with the same most likely next token
-
-
-def through_caches(
-    model: Any,
-    choices: Sequence[CacheChoice],
-    tokens: Tensor,
-    context_len: int,
-    *,
-    chunk: int = 32,
-    batch: int = 16,
-    positions: Tensor | None = None,
-    on_step: Callable[[int], None] | None = None,
-) -> list[Tensor]:
-    """Log-probabilities of the same tokens through each cache, as `stepwise_scores` returns them.
-
-    A prompt is attended exactly whatever the cache, so it is run once for all of them, `batch`
-    sequences at a time.
-    """
-    parts: list[list[Tensor]] = [[] for _ in choices]
-    for part in tokens.to(model.device).split(batch):
-        prefilled = prefill(model, part[:, :context_len])
-        if on_step is not None:
-            on_step(part.shape[0] * context_len)
-        for choice, scores in zip(choices, parts, strict=True):
-            with choice.attention(model):
-                scores.append(
-                    stepwise_scores(
-                        model,
-                        lambda choice=choice: choice.make(model),
-                        part,
-                        context_len=context_len,
-                        chunk=chunk,
-                        positions=positions,
-                        prefilled=prefilled,
-                        on_step=on_step,
-                    ).cpu()
-                )
-    return [torch.cat(scores) for scores in parts]
 
 
 def score(

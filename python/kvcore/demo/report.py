@@ -8,6 +8,7 @@ from typing import Any
 
 from kvcore.demo.measure import Quality
 from kvcore.eval import Interval
+from kvcore.eval.report import aligned, plain
 
 CAVEAT = (
     "These are small models, trained for this demo. What a width costs them does not carry over to "
@@ -63,29 +64,13 @@ def table(rows: list[Row]) -> str:
     """Rows of one model as aligned columns; the first column is to the left."""
     cells = [[name for name, _ in _COLUMNS]]
     cells += [[show(row) for _, show in _COLUMNS] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in cells
-    )
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: an interval of one sample gets null."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return aligned(cells)
 
 
 def to_json(rows: list[Row], setup: dict[str, Any]) -> dict[str, Any]:
     """All figures with the setup they were measured in."""
     figures = [dataclasses.asdict(row) | {"ratio": row.ratio} for row in rows]
-    return _plain({"setup": setup, "note": CAVEAT, "rows": figures})
+    return plain({"setup": setup, "note": CAVEAT, "rows": figures})
 
 
 def plot(rows: list[Row], path: str) -> str:

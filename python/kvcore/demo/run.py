@@ -5,20 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kvcore.demo import models, report, tasks
-from kvcore.demo.caches import COMPARED, FULL, CacheChoice
 from kvcore.demo.generate import Generated, generate
 from kvcore.demo.measure import Quality, Workload, measure
 from kvcore.demo.textmodel import TextModel, load
+from kvcore.eval.caches import COMPARED, FULL, CacheChoice
+from kvcore.eval.progress import progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,20 +47,12 @@ def workload(size: Size) -> Workload:
     )
 
 
-@contextmanager
-def _progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    from tqdm.auto import tqdm  # transformers requires it
-
-    with tqdm(total=total, desc=title, unit=unit, unit_scale=True, file=sys.stderr) as bar:
-        yield bar.update
-
-
 def _generate_all(loaded: TextModel, text: bytes, size: Size) -> dict[CacheChoice, Generated]:
     prompt = loaded.encode(text)
     made = {}
     for choice in COMPARED:  # first calls allocate and dispatch; they are not what is timed
         generate(loaded.model, prompt[:, :128], choice, max_new_tokens=4, stop_at_eos=False)
-    with _progress(f"{loaded.name}: generate", len(COMPARED) * size.new_tokens, "tok") as step:
+    with progress(f"{loaded.name}: generate", len(COMPARED) * size.new_tokens, "tok") as step:
         for choice in COMPARED:
             made[choice] = generate(
                 loaded.model,
@@ -134,7 +124,7 @@ def run_model(
     # fp32: in 16 bit the model's own rounding would hide what 8 bit costs.
     loaded = load(name, dtype="float32")
     made = _generate_all(loaded, prompt.text, size)
-    with _progress(f"{name}: measure", work.num_tokens(len(COMPARED)), "tok") as step:
+    with progress(f"{name}: measure", work.num_tokens(len(COMPARED)), "tok") as step:
         qualities = measure(loaded.model, COMPARED, work, step)
     rows = [_row(loaded, choice, made[choice], qualities[choice]) for choice in COMPARED]
     return rows, _describe(loaded, made, prompt)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import kvcore
-from kvcore.demo.caches import FULL, CacheChoice
 from kvcore.eval import agreement, bits_per_byte, cache_bytes, kl_divergence, stepwise_scores
+from kvcore.eval.caches import FULL, CacheChoice
 from kvcore.eval.recording import recording
 from kvcore.reference import exact_attention
 

@@ -12,9 +12,11 @@ from kvcore.eval.metrics import (
     kl_divergence,
     mean_interval,
     paired_ratio_interval,
+    spearman,
 )
-from kvcore.eval.sizes import CacheBytes, cache_bytes
+from kvcore.eval.sizes import CacheBytes, bytes_16bit, cache_bytes
 from kvcore.eval.stepwise import prefill, stepwise_scores
+from kvcore.eval.through import scored_parts, through_caches
 
 __all__ = [
     "CacheBytes",
@@ -22,10 +24,14 @@ __all__ = [
     "accuracy",
     "agreement",
     "bits_per_byte",
+    "bytes_16bit",
     "cache_bytes",
     "kl_divergence",
     "mean_interval",
     "paired_ratio_interval",
     "prefill",
+    "scored_parts",
+    "spearman",
     "stepwise_scores",
+    "through_caches",
 ]

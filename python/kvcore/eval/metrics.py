@@ -130,3 +130,16 @@ def accuracy(log_probs: Tensor, targets: Tensor) -> Tensor:
     """Share of each sequence's targets that are the most likely token, fp64 ``[batch]``."""
     _check_scores(log_probs, targets)
     return (log_probs.argmax(-1) == targets).double().mean(-1)
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """From 1 up; equal values share the mean of their ranks."""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def spearman(one: Tensor, other: Tensor) -> float:
+    """Rank correlation of two samples ``[n]``, in [-1, 1]; NaN if all values of one are equal."""
+    one, other = (_ranks(x) - (x.numel() + 1) / 2 for x in (one, other))
+    return (one @ other / (one.norm() * other.norm())).item()
