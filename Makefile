@@ -40,7 +40,7 @@ help:
 	@echo "make cuda-compile  nvcc for CUDA_ARCHS=\"$(CUDA_ARCHS)\", and what it made of the kernels"
 	@echo "make lint    ruff and clang-format, nothing changed;  make format  changes"
 	@echo "make audit   the libraries use torch's stable ABI only"
-	@echo "make bench   the benchmarks;  make clean  remove what was built"
+	@echo "make bench   the benchmarks; BENCH_ARGS=--quick for few of them;  make clean  remove what was built"
 
 $(STAMP)/venv:
 	$(PYTHON) -m venv $(VENV)

@@ -20,6 +20,8 @@ def _case_label(shape: dict[str, int]) -> str:
         label += f", {shape['q_len']} queries"
     if shape["head_dim"] != 128:
         label += f", head_dim {shape['head_dim']}"
+    if shape["kv_heads"] != 8:
+        label += f", {shape['kv_heads']} kv heads"
     return label
 
 
@@ -28,7 +30,7 @@ def turbo(device: str) -> str:
     result = load(device, "turbo")
     rows, errors, appends = [], [], []
     for case in result["cases"]:
-        peer, variants = best_peer(case, "bf16"), case["variants"]
+        peer, variants = best_peer(case, "SDPA bf16"), case["variants"]
         if case["name"].startswith("decode"):
             ours = (variants[f"kvcore {width}"]["median"] for width in WIDTHS)
             cells = [f"{_ms(seconds)}, {peer / seconds:.1f}x" for seconds in ours]
@@ -36,7 +38,7 @@ def turbo(device: str) -> str:
             shape = case["shape"]
             if shape["kv_len"] == 32768 and shape["q_len"] == 1 and shape["head_dim"] == 128:
                 found = [variants[f"kvcore {width}"]["error"] for width in WIDTHS]
-                peers = [v["error"] for n, v in variants.items() if "bf16" in n]
+                peers = [v["error"] for n, v in variants.items() if "SDPA bf16" in n]
                 errors = ["relative error on Gaussian data, 32,768 tokens", f"{min(peers):.3f}"]
                 errors += [f"{error:.3f}" for error in found]
         elif case["name"].startswith("causal prefill"):
@@ -60,6 +62,41 @@ def turbo(device: str) -> str:
         ],
     )
     return "\n".join([*lines, "", described(result)])
+
+
+def turbo_peers(device: str) -> str:
+    """Decode against every library that was asked, in milliseconds."""
+    result = load(device, "turbo")
+    cases = [case for case in result["cases"] if case["name"].startswith("decode")]
+    others = dict.fromkeys(
+        name
+        for case in cases
+        for name in [*case["variants"], *case.get("absent", {})]
+        if not is_ours(name) and not name.startswith("SDPA")
+    )
+    ours = [f"kvcore {width}" for width in WIDTHS]
+    rows = []
+    for case in cases:
+        absent, variants = case.get("absent", {}), case["variants"]
+        cells = [
+            _ms(variants[name]["median"]) if name in variants else absent.get(name, "")
+            for name in [*others, *ours]
+        ]
+        rows.append([_case_label(case["shape"]), _ms(best_peer(case, "SDPA bf16")), *cells])
+    lines = table(["", "SDPA bf16", *others, *ours], rows)
+    return "\n".join([*lines, "", described(result), *_peers(result)])
+
+
+def _peers(result: dict) -> list[str]:
+    """A line on what the peers were, if there were any."""
+    found = [f"{name} ({text})" for name, text in result.get("peers", {}).items()]
+    absent = {
+        f"{variant} {reason}"
+        for case in result["cases"]
+        for variant, reason in case.get("absent", {}).items()
+    }
+    lines = ["Peers: " + ", ".join(found) + "."] if found else []
+    return lines + (["Not timed: " + ", ".join(sorted(absent)) + "."] if absent else [])
 
 
 def _share(ratio: float) -> str:
@@ -111,7 +148,7 @@ def _cases(device: str, family: str) -> str:
                 cells += [f"{fastest}, {_ms(seconds)}", f"{seconds / variant['median']:.1f}x"]
             rows.append([*cells, rate(case, variant, result["ceilings"])])
     header = ["case", "variant", "median", "fastest peer", "speed", "rate (share of limit)"]
-    return "\n".join([*table(header, rows), "", described(result)])
+    return "\n".join([*table(header, rows), "", described(result), *_peers(result)])
 
 
 def gdn(device: str) -> str:
@@ -124,4 +161,10 @@ def lexico(device: str) -> str:
     return _cases(device, "lexico")
 
 
-BLOCKS = {"turbo": turbo, "demo": demo, "gdn": gdn, "lexico": lexico}
+BLOCKS = {
+    "turbo": turbo,
+    "turbo_peers": turbo_peers,
+    "demo": demo,
+    "gdn": gdn,
+    "lexico": lexico,
+}

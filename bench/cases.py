@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -29,14 +29,33 @@ class Variant:
 
 
 @dataclasses.dataclass
+class Task:
+    """What peers in other processes are asked to do.
+
+    ``work`` is a key of ``peers.registry.Peer.offers``, ``arrays`` its inputs by the names that
+    adapters know, ``expected`` the result in fp32. ``state_bytes``: of states that are read.
+    """
+
+    work: str
+    arrays: Mapping[str, Tensor]
+    expected: Tensor
+    state_bytes: int = 0
+
+
+@dataclasses.dataclass
 class Case:
-    """Variants that do the same work; names that begin with ``kvcore`` are ours."""
+    """Variants that do the same work; names that begin with ``kvcore`` are ours.
+
+    ``absent``: variants that could not be timed, and why.
+    """
 
     name: str
     shape: dict[str, int]
     variants: dict[str, Variant]
     operations: int = 0  # of the matrix products, 2 per multiply-add
     cold: bool = True
+    task: Task | None = None
+    absent: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def _relative_error(out: Tensor, expected: Tensor) -> float:

@@ -11,18 +11,18 @@ from peers import gdn as peers
 from torch import Tensor
 
 import kvcore
-from cases import Case, Variant, _checked, _relative_error
+from cases import Case, Task, Variant, _checked, _relative_error
 
 K_HEADS, V_HEADS, HEAD_DIM, CHUNK = 16, 32, 128, 64
 # The peers compute in fp32 what ours rounds to bf16; see csrc/gdn/README.md.
 MAX_ERROR, MAX_GRADIENT_ERROR = 5e-3, 8e-3
-MAX_PEER_ERROR = 1e-2  # more of vLLM's op is in bf16: it is to compute the same, no more
+MAX_PEER_ERROR = 1e-2  # more of theirs may be in bf16: it is to compute the same, no more
 # Multiply-adds per chunk and value head, from csrc/gdn/README.md.
 FORWARD_MACS = 3 * CHUNK * HEAD_DIM**2 + 2 * CHUNK**2 * HEAD_DIM
 BACKWARD_MACS = 9 * CHUNK * HEAD_DIM**2 + 6.5 * CHUNK**2 * HEAD_DIM + CHUNK**3
 
 
-def _inputs(num_tokens: int, batch: int = 1) -> list[Tensor]:
+def _inputs(num_tokens: int, batch: int, device: torch.device) -> list[Tensor]:
     """q, k, v and beta in bf16, g in fp32; a quarter of the heads never decays."""
     generator = torch.Generator().manual_seed(num_tokens)
 
@@ -33,7 +33,11 @@ def _inputs(num_tokens: int, batch: int = 1) -> list[Tensor]:
     g = F.logsigmoid(torch.randn(batch, num_tokens, V_HEADS, generator=generator)) / 4
     g[..., ::4] = 0
     beta = torch.randn(batch, num_tokens, V_HEADS, generator=generator).sigmoid().bfloat16()
-    return [q, k, v, g, beta]
+    return [x.to(device) for x in (q, k, v, g, beta)]
+
+
+def _named(inputs: list[Tensor]) -> dict[str, Tensor]:
+    return dict(zip(("q", "k", "v", "g", "beta"), inputs, strict=True))
 
 
 def _shape(num_tokens: int, batch: int = 1) -> dict[str, int]:
@@ -41,8 +45,8 @@ def _shape(num_tokens: int, batch: int = 1) -> dict[str, int]:
     return {**sizes, "k_dim": HEAD_DIM, "v_dim": HEAD_DIM}
 
 
-def _forward(num_tokens: int) -> Case:
-    inputs = _inputs(num_tokens)
+def _forward(num_tokens: int, device: torch.device) -> Case:
+    inputs = _inputs(num_tokens, 1, device)
     case = Case(f"forward, {num_tokens} tokens", _shape(num_tokens), {})
     theirs = peers.transformers_rule()
     q, k, v, g, beta = inputs
@@ -61,20 +65,18 @@ def _forward(num_tokens: int) -> Case:
         return kvcore.chunk_gated_delta_rule(*wide, **options)[0]
 
     variants = {"transformers torch": transformers, "kvcore": ours, "kvcore, fp32 inputs": exact}
-    vllm = peers.vllm_rule()
-    if vllm is not None:
-        variants[peers.vllm_name()] = lambda: vllm(*inputs)
     for name, run in variants.items():
         bound = MAX_ERROR if name.startswith("kvcore") else MAX_PEER_ERROR
         error = _checked(name, _relative_error(run(), expected), bound)
         case.variants[name] = Variant(run, 0, error)
+    case.task = Task("gdn_forward", _named(inputs), expected)
     chunks = num_tokens // CHUNK * V_HEADS
     case.operations = 2 * FORWARD_MACS * chunks
     return case
 
 
-def _backward(num_tokens: int) -> Case:
-    leaves = [x.requires_grad_() for x in _inputs(num_tokens)]
+def _backward(num_tokens: int, device: torch.device) -> Case:
+    leaves = [x.requires_grad_() for x in _inputs(num_tokens, 1, device)]
     q, k, v, g, beta = leaves
     case = Case(f"backward, {num_tokens} tokens", _shape(num_tokens), {})
     theirs = peers.transformers_rule()
@@ -105,12 +107,12 @@ def _backward(num_tokens: int) -> Case:
     return case
 
 
-def _decode(batch: int) -> Case:
+def _decode(batch: int, device: torch.device) -> Case:
     """One token of every sequence; the states are read and written, and counted once."""
-    inputs = _inputs(1, batch)
+    inputs = _inputs(1, batch, device)
     generator = torch.Generator().manual_seed(batch)
-    pool = torch.randn(batch, V_HEADS, HEAD_DIM, HEAD_DIM, generator=generator)
-    slots = torch.randperm(batch, generator=generator, dtype=torch.int32)
+    pool = torch.randn(batch, V_HEADS, HEAD_DIM, HEAD_DIM, generator=generator).to(device)
+    slots = torch.randperm(batch, generator=generator, dtype=torch.int32).to(device)
     num_bytes = pool.numel() * pool.element_size()
     name = f"decode, {batch} sequences, {num_bytes / 1e6:.0f} MB of states"
     case = Case(name, _shape(1, batch), {})
@@ -120,12 +122,13 @@ def _decode(batch: int) -> Case:
             *inputs, pool, None, None, slots, qk_l2norm=True, state_v_first=v_first
         )
 
-    few = [x[:2] for x in inputs]
-    out, _ = kvcore.gdn_recurrent_step(*few, pool[:2], qk_l2norm=True)
+    states = pool[slots.long()]  # peers' are in the order of the sequences
+    out, _ = kvcore.gdn_recurrent_step(*inputs, states, qk_l2norm=True)
     expected = kvcore.gdn_chunk_scan(
-        *(x.float() for x in few), None, None, pool[:2], qk_l2norm=True
+        *(x.float() for x in inputs), None, None, states, qk_l2norm=True
     )[0]
     error = _checked(name, _relative_error(out, expected), MAX_ERROR)
+    case.task = Task("gdn_decode", {**_named(inputs), "state": states}, expected, num_bytes)
     case.variants["x.mul_(a) of the states"] = Variant(lambda: pool.mul_(0.999), num_bytes)
     case.variants["kvcore in place"] = Variant(ours, num_bytes, error)
     case.variants["kvcore in place, v first"] = Variant(lambda: ours(True), num_bytes)
@@ -164,11 +167,12 @@ def _train(rows: int) -> Case:
     return case
 
 
-def _conv(num_tokens: int) -> Case:
+def _conv(num_tokens: int, device: torch.device) -> Case:
     channels = (2 * K_HEADS + V_HEADS) * HEAD_DIM
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, num_tokens, channels, generator=generator).bfloat16().transpose(1, 2)
-    weight = torch.randn(channels, 4, generator=generator).bfloat16()
+    x = torch.randn(1, num_tokens, channels, generator=generator).bfloat16().to(device)
+    x = x.transpose(1, 2)
+    weight = torch.randn(channels, 4, generator=generator).bfloat16().to(device)
     sizes = {"channels": channels, "num_tokens": num_tokens, "width": 4}
     case = Case(f"convolution, {num_tokens} tokens", sizes, {})
 
@@ -187,13 +191,15 @@ def _conv(num_tokens: int) -> Case:
 
 
 def gdn(quick: bool, device: torch.device) -> Iterator[Callable[[], Case]]:
-    """Cases of the gdn family, each built only when its turn comes. There are none for a GPU."""
-    if device.type != "cpu":
+    """Cases of the gdn family, each built only when its turn comes."""
+    yield lambda: _forward(512, device)
+    yield lambda: _conv(512 if quick else 4096, device)
+    if quick:
         return
-    yield lambda: _forward(512)
-    yield lambda: _conv(512 if quick else 4096)
-    if not quick:
-        yield lambda: _forward(4096)
-        yield lambda: _backward(4096)
-        yield lambda: _decode(300)
+    yield lambda: _forward(4096, device)
+    yield lambda: _forward(16384, device)
+    yield lambda: _backward(4096, device)
+    for batch in (1, 8, 300):
+        yield lambda batch=batch: _decode(batch, device)
+    if device.type == "cpu":  # the demo trains there
         yield lambda: _train(2)

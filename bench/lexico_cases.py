@@ -124,28 +124,32 @@ def _encode_on_gpu(sparsity: int, count: int, device: torch.device) -> Case:
     return case
 
 
-def _codes(tokens: int, sparsity: int, atoms: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _codes(
+    batch: int, tokens: int, sparsity: int, atoms: int, seed: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """Codes over atoms that are all used alike, none twice in a code."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (1, KV_HEADS, tokens)
+    shape = (batch, KV_HEADS, tokens)
     first = torch.randint(0, atoms, (*shape, 1), generator=generator)
     # A step that has no divisor in common with a power of two.
     indices = (first + 787 * torch.arange(sparsity)) % atoms
     coefficients = torch.randint(1, 128, (*shape, sparsity), generator=generator)
     coefficients *= 2 * torch.randint(0, 2, coefficients.shape, generator=generator) - 1
     scale = torch.full(shape, HEAD_DIM**0.5 / (74 * sparsity**0.5))  # norms of Gaussian vectors
-    return indices.short(), coefficients.char(), scale.half()
+    return indices.short().to(device), coefficients.char().to(device), scale.half().to(device)
 
 
-def _decode(kv_len: int, atoms: int) -> Case:
+def _decode(kv_len: int, atoms: int, device: torch.device, batch: int = 1) -> Case:
     generator = torch.Generator().manual_seed(kv_len)
 
     def normal(heads: int, tokens: int) -> Tensor:
-        return torch.randn(1, heads, tokens, HEAD_DIM, generator=generator)
+        return torch.randn(batch, heads, tokens, HEAD_DIM, generator=generator).to(device)
 
     q, k, v = normal(Q_HEADS, 1), normal(KV_HEADS, kv_len), normal(KV_HEADS, kv_len)
     shape = {"kv_len": kv_len, "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
-    case = Case(f"decode, {kv_len} tokens, {atoms} atoms", {**shape, "atoms": atoms}, {})
+    shape |= {"batch": batch, "atoms": atoms}
+    of_batch = "" if batch == 1 else f", batch {batch}"
+    case = Case(f"decode, {kv_len} tokens, {atoms} atoms{of_batch}", shape, {})
     dense = dense_peers.sdpa_decode(q, k, v)
     expected = dense["SDPA fp32, enable_gqa"]()
     for name, run in dense.items():
@@ -156,7 +160,7 @@ def _decode(kv_len: int, atoms: int) -> Case:
     for sparsity in SPARSITIES:
         name, variant = _decode_codes(q.bfloat16(), kv_len, atoms, sparsity, buffers)
         case.variants[name] = variant
-    case.operations = 4 * Q_HEADS * kv_len * HEAD_DIM
+    case.operations = 4 * batch * Q_HEADS * kv_len * HEAD_DIM
     return case
 
 
@@ -164,20 +168,22 @@ def _decode_codes(
     q: Tensor, kv_len: int, atoms: int, sparsity: int, buffers: list[Tensor]
 ) -> tuple[str, Variant]:
     """Attention over blocks, a tail and a buffer of the newest tokens."""
-    dictionaries = [_dictionary(atoms, seed) for seed in (1, 2)]
+    batch, device = q.shape[0], q.device
+    dictionaries = [_dictionary(atoms, seed).to(device) for seed in (1, 2)]
     tiles = BLOCK_TOKENS // 32
     blocks: tuple[list[Tensor], list[Tensor]] = ([], [])
     vectors: tuple[list[Tensor], list[Tensor]] = ([], [])
     left, seed = kv_len - BUFFER_TOKENS, 0
     while True:
         tokens = min(left, BLOCK_TOKENS)
-        codes = [_codes(tokens, sparsity, atoms, seed + i) for i in range(2)]
+        codes = [_codes(batch, tokens, sparsity, atoms, seed + i, device) for i in range(2)]
         for kept, code, dictionary in zip(vectors, codes, dictionaries, strict=True):
             kept.append(kvcore.lexico_reconstruct(*code, dictionary))
-        tails = [
-            torch.zeros(1, KV_HEADS, tiles, 64 + 96 * sparsity, dtype=torch.uint8) for _ in "kv"
-        ]
-        lens = torch.zeros(1, dtype=torch.int32)
+        tail = torch.zeros(
+            batch, KV_HEADS, tiles, 64 + 96 * sparsity, dtype=torch.uint8, device=device
+        )
+        tails = [tail, tail.clone()]
+        lens = torch.zeros(batch, dtype=torch.int32, device=device)
         kvcore.lexico_append(*codes[0], *codes[1], *tails, lens)
         left, seed = left - tokens, seed + 2
         if tokens < BLOCK_TOKENS:
@@ -193,26 +199,26 @@ def _decode_codes(
     )
     expected = F.scaled_dot_product_attention(q.float(), k, v, enable_gqa=True)
     stored = _num_bytes(*blocks[0], *blocks[1])
-    stored += KV_HEADS * -(-int(lens) // 32) * 2 * tails[0].shape[3]
+    stored += batch * KV_HEADS * -(-int(lens[0]) // 32) * 2 * tails[0].shape[3]
     name = f"kvcore, sparsity {sparsity}"
     error = _checked(name, _relative_error(run(), expected), MAX_ERROR)
-    per_vector = stored / (2 * KV_HEADS * (kv_len - BUFFER_TOKENS))
+    per_vector = stored / (2 * batch * KV_HEADS * (kv_len - BUFFER_TOKENS))
     read = stored + _num_bytes(*dictionaries, *buffers)
     return f"{name}, {per_vector:.1f} bytes a vector", Variant(run, read, error)
 
 
 def lexico(quick: bool, device: torch.device) -> Iterator[Callable[[], Case]]:
     """Cases of the lexico family, each built only when its turn comes."""
-    if device.type != "cpu":
-        for sparsity in (8,) if quick else ENCODED:
+    for sparsity in (8,) if quick else ENCODED:
+        if device.type == "cpu":
+            yield functools.partial(_encode, sparsity)
+        else:
             yield functools.partial(_encode_on_gpu, sparsity, GPU_PROMPT, device)
             yield functools.partial(_encode_on_gpu, sparsity, GPU_STEP, device)
+    yield lambda: _decode(4096, 4096, device)
+    if quick:
         return
-    yield lambda: _encode(8)
-    yield lambda: _decode(4096, 4096)
-    if not quick:
-        yield lambda: _encode(16)
-        yield lambda: _encode(32)
-        yield lambda: _decode(4096, 1024)
-        yield lambda: _decode(32768, 4096)
-        yield lambda: _decode(32768, 1024)
+    for kv_len, atoms in ((1024, 4096), (4096, 1024), (32768, 4096), (32768, 1024)):
+        yield functools.partial(_decode, kv_len, atoms, device)
+    yield lambda: _decode(131072, 4096, device)
+    yield lambda: _decode(4096, 4096, device, batch=8)

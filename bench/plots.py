@@ -43,21 +43,25 @@ def latency(result: dict, axes) -> None:
         if case["name"].startswith("decode")
         and case["shape"]["batch"] == case["shape"]["q_len"] == 1
         and case["shape"]["head_dim"] == 128
+        and case["shape"]["kv_heads"] == 8
     ]
     cases.sort(key=lambda case: case["shape"]["kv_len"])
     read = result["ceilings"]["read"]["value"] * 1e9
     tokens = [case["shape"]["kv_len"] for case in cases]
     for name in cases[0]["variants"]:
-        variants = [case["variants"][name] for case in cases]
+        # What failed for a shape has no point there.
+        timed = [case for case in cases if name in case["variants"]]
+        variants = [case["variants"][name] for case in timed]
+        lengths = [case["shape"]["kv_len"] for case in timed]
         (line,) = axes.plot(
-            tokens,
+            lengths,
             [1e3 * v["median"] for v in variants],
             marker="o" if is_ours(name) else "x",
             linewidth=2 if is_ours(name) else 1,
             label=name,
         )
         floor = [1e3 * v["bytes_read"] / read for v in variants]
-        axes.plot(tokens, floor, linestyle="--", linewidth=0.8, color=line.get_color())
+        axes.plot(lengths, floor, linestyle="--", linewidth=0.8, color=line.get_color())
     axes.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="milliseconds")
     axes.set_xticks(tokens, [f"{n // 1024}k" for n in tokens])
     axes.minorticks_off()

@@ -3,7 +3,7 @@
 A peer that cannot share this environment lives in `.venv-peers/<name>` of the checkout (or of
 KVCORE_PEERS); `bash bench/peers/install.sh NAME` makes it. The process loads an adapter, prepares
 its variants, and then does one thing per line that it is sent; it times itself, while what flushes
-the caches is the parent.
+the caches is the parent. (On a GPU both do: only a flush in its own stream hides its launches.)
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -23,17 +24,42 @@ from torch import Tensor
 
 HERE = pathlib.Path(__file__).resolve().parent
 WORKER = HERE / "worker.py"
+# What install.sh writes last into an environment: the requirements that it has.
+INSTALLED = "installed.txt"
+
+
+def environment(peer: str) -> pathlib.Path:
+    """Folder of a peer's environment, which need not exist."""
+    folder = pathlib.Path(os.environ.get("KVCORE_PEERS", HERE.parent / ".venv-peers"))
+    return folder / peer
+
+
+def installed(peer: str) -> str | None:
+    """What a peer's environment was made of, or None if it is not there, or not completely."""
+    path = environment(peer) / INSTALLED
+    return path.read_text().strip() if path.is_file() else None
 
 
 def interpreter(peer: str) -> str | None:
     """The Python of a peer's environment, or None if it is not installed."""
-    folder = pathlib.Path(os.environ.get("KVCORE_PEERS", HERE.parent / ".venv-peers"))
-    python = folder / peer / "bin" / "python"
-    return str(python) if python.exists() else None
+    return None if installed(peer) is None else str(environment(peer) / "bin" / "python")
+
+
+@contextlib.contextmanager
+def stored(arrays: Mapping[str, Tensor]) -> Iterator[pathlib.Path]:
+    """A folder of arrays for several processes: in memory, so that no disk is busy meanwhile."""
+    num_bytes = sum(4 * array.numel() for array in arrays.values())
+    memory = pathlib.Path("/dev/shm")
+    fits = memory.is_dir() and shutil.disk_usage(memory).free > 2 * num_bytes
+    with tempfile.TemporaryDirectory(prefix="kvcore-bench-", dir=memory if fits else None) as name:
+        folder = pathlib.Path(name)
+        for key, array in arrays.items():
+            np.save(folder / f"{key}.npy", array.detach().cpu().float().numpy())
+        yield folder
 
 
 class RemoteError(RuntimeError):
-    """The other process failed: its last words are the message."""
+    """The other process failed: its error, or its last words, are the message."""
 
 
 class Remote:
@@ -44,7 +70,8 @@ class Remote:
         adapter: path of a Python file with ``load(arrays, **arguments)``, which returns functions
             by name; each does the work once and returns the result as an array, or None.
         arguments: JSON-serialisable keyword arguments of it.
-        arrays: what it works on.
+        arrays: what it works on, or the folder in which ``stored`` put it, which may end once this
+            process is there.
         env: variables beside those of this process.
     """
 
@@ -53,16 +80,28 @@ class Remote:
         python: str,
         adapter: pathlib.Path,
         arguments: Mapping[str, object],
-        arrays: Mapping[str, Tensor] = {},
+        arrays: Mapping[str, Tensor] | pathlib.Path | None = None,
         env: Mapping[str, str] = {},
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="kvcore-bench-")
-        for name, array in arrays.items():
-            np.save(pathlib.Path(self._folder.name) / f"{name}.npy", array.cpu().float().numpy())
+        with contextlib.ExitStack() as stack:
+            if not isinstance(arrays, pathlib.Path):
+                arrays = stack.enter_context(stored(arrays or {}))
+            self._start(python, adapter, arguments, arrays, env)
+
+    def _start(
+        self,
+        python: str,
+        adapter: pathlib.Path,
+        arguments: Mapping[str, object],
+        arrays: pathlib.Path,
+        env: Mapping[str, str],
+    ) -> None:
+        command = [python, WORKER, adapter, arrays, self._folder.name, json.dumps(dict(arguments))]
         self._errors = pathlib.Path(self._folder.name) / "stderr.txt"
         with self._errors.open("w") as errors:
             self._process = subprocess.Popen(
-                [python, str(WORKER), str(adapter), self._folder.name, json.dumps(dict(arguments))],
+                [str(word) for word in command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -81,12 +120,20 @@ class Remote:
             self._process.wait()
             words = self._errors.read_text().strip().splitlines()
             raise RemoteError(words[-1] if words else "the process ended without a word")
-        return json.loads(line)
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RemoteError(answer["error"])
+        return answer
 
     def _ask(self, **command: object) -> dict:
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it ended; what it said is read below
+            self._process.stdin.write(json.dumps(command) + "\n")
+            self._process.stdin.flush()
         return self._read()
+
+    def ended(self) -> bool:
+        """Whether the process is no longer there."""
+        return self._process.poll() is not None
 
     def variant(self, name: str) -> RemoteVariant:
         return RemoteVariant(self, name)

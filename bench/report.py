@@ -71,6 +71,11 @@ def case_rows(case: dict, ceilings: dict) -> list[list[str]]:
     return rows
 
 
+def absent_rows(case: dict) -> list[list[str]]:
+    """Variants that could not be timed, with the reason in place of the time."""
+    return [[name, reason] for name, reason in case.get("absent", {}).items()]
+
+
 HEADER = [
     "variant",
     "median ms",
@@ -85,10 +90,15 @@ HEADER = [
 def described(result: dict) -> str:
     """Machine, versions and commit in a line."""
     m = result["machine"]
+    # Cases that take long end earlier, but not before a few rounds.
+    fewest = min((case.get("rounds", result["rounds"]) for case in result["cases"]), default=0)
+    rounds = (
+        result["rounds"] if fewest in (0, result["rounds"]) else f"{fewest} to {result['rounds']}"
+    )
     return (
         f"{m['device']}, {m['threads']} threads, ISA {m['isa']}, torch {m['torch']}, "
         f"kvcore {m['kvcore']} at {m['commit'][:10]}{' (modified)' if m['modified'] else ''}, "
-        f"{m['date']}; medians of {result['rounds']} interleaved rounds."
+        f"{m['date']}; medians of {rounds} interleaved rounds."
     )
 
 
@@ -101,13 +111,16 @@ def markdown(result: dict) -> str:
         + ", ".join(f"{n} {c['value']:.2f} {c['unit']}" for n, c in result["ceilings"].items())
         + ".",
     ]
+    lines += [f"Peer {name}: {text}." for name, text in result.get("peers", {}).items()]
     for case in result["cases"]:
         cold = "cold cache" if case["cold"] else "warm"
         header = list(HEADER)
         bf16 = best_peer(case, "bf16")
         header[3] += " bf16" if bf16 == bf16 else " best peer"
         lines += ["", f"### {case['name']} ({cold})", ""]
-        lines += table(header, case_rows(case, result["ceilings"]))
+        empty = [""] * (len(header) - 2)
+        absent = [[*row, *empty] for row in absent_rows(case)]
+        lines += table(header, case_rows(case, result["ceilings"]) + absent)
     return "\n".join(lines)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 
 import torch
+from worker import time_on_cpu
 
 FLUSH_BYTES = 1 << 30  # several times the last-level cache of any machine this runs on
+MIN_ROUNDS = 5  # however long they take
 
 
 class CacheFlusher:
@@ -22,17 +25,7 @@ class CacheFlusher:
         self._buffer.add_(1)
 
 
-def _time_on_cpu(run: Callable[[], object]) -> float:
-    if hasattr(run, "timed"):  # in another process
-        return run.timed()
-    start = time.perf_counter()
-    result = run()
-    seconds = time.perf_counter() - start
-    del result
-    return seconds
-
-
-def _time_on_gpu(run: Callable[[], object]) -> float:
+def time_on_gpu(run: Callable[[], object]) -> float:
     """Between two events of the stream: a flush before it hides the time that launches take."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -43,14 +36,25 @@ def _time_on_gpu(run: Callable[[], object]) -> float:
     return start.elapsed_time(end) * 1e-3
 
 
+def _time_once(run: Callable[[], object], device: torch.device) -> float:
+    is_gpu = device.type == "cuda"
+    if hasattr(run, "timed"):  # in another process, which may want the GPU for itself
+        if is_gpu:
+            torch.cuda.synchronize()
+        return run.timed()
+    return time_on_gpu(run) if is_gpu else time_on_cpu(run)
+
+
 def interleave(
     variants: dict[str, Callable[[], object]],
     rounds: int,
     device: torch.device,
     flush: Callable[[], None] | None = None,
-    progress: Callable[[], None] = lambda: None,
+    seconds: float = math.inf,
 ) -> dict[str, list[float]]:
     """Times every variant once per round, in turn, and returns seconds per call and round.
+
+    After ``seconds`` it ends, if it has had five rounds.
 
     Whatever disturbs the machine for a while then disturbs all variants alike. The first variant
     changes from round to round, so that none always runs after the same neighbour.
@@ -61,14 +65,15 @@ def interleave(
         variants[name]()
     gc_was_enabled = gc.isenabled()
     gc.disable()
-    time_once = _time_on_gpu if device.type == "cuda" else _time_on_cpu
+    begin = time.perf_counter()
     try:
         for i in range(rounds):
+            if i >= MIN_ROUNDS and time.perf_counter() - begin > seconds:
+                break
             for name in _rotate(names, i):
                 if flush is not None:
                     flush()
-                samples[name].append(time_once(variants[name]))
-            progress()
+                samples[name].append(_time_once(variants[name], device))
     finally:
         if gc_was_enabled:
             gc.enable()

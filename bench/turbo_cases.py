@@ -9,7 +9,17 @@ from peers import turbo as peers
 from torch import Tensor
 
 import kvcore
-from cases import HEAD_DIM, KV_HEADS, Q_HEADS, Case, Variant, _checked, _num_bytes, _relative_error
+from cases import (
+    HEAD_DIM,
+    KV_HEADS,
+    Q_HEADS,
+    Case,
+    Task,
+    Variant,
+    _checked,
+    _num_bytes,
+    _relative_error,
+)
 
 WIDTHS = {"8 bit": (8, 8), "4 bit": (4, 4), "K4V2": (4, 2), "2 bit": (2, 2)}
 # What the formats are expected to lose on Gaussian data, with room for the spread of one seed:
@@ -18,19 +28,26 @@ MAX_ERROR = {"8 bit": 0.03, "4 bit": 0.18, "K4V2": 0.62, "2 bit": 0.85}
 
 
 def _inputs(
-    batch: int, q_len: int, kv_len: int, device: torch.device, head_dim: int = HEAD_DIM
+    batch: int,
+    q_len: int,
+    kv_len: int,
+    device: torch.device,
+    head_dim: int = HEAD_DIM,
+    kv_heads: int = KV_HEADS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(kv_len + q_len)
 
     def normal(heads: int, tokens: int) -> Tensor:
         return torch.randn(batch, heads, tokens, head_dim, generator=generator).to(device)
 
-    return normal(Q_HEADS, q_len), normal(KV_HEADS, kv_len), normal(KV_HEADS, kv_len)
+    return normal(Q_HEADS, q_len), normal(kv_heads, kv_len), normal(kv_heads, kv_len)
 
 
-def _shape(batch: int, q_len: int, kv_len: int, head_dim: int = HEAD_DIM) -> dict[str, int]:
+def _shape(
+    batch: int, q_len: int, kv_len: int, head_dim: int = HEAD_DIM, kv_heads: int = KV_HEADS
+) -> dict[str, int]:
     sizes = {"batch": batch, "q_len": q_len, "kv_len": kv_len}
-    return {**sizes, "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "head_dim": head_dim}
+    return {**sizes, "q_heads": Q_HEADS, "kv_heads": kv_heads, "head_dim": head_dim}
 
 
 def _store(k: Tensor, v: Tensor, k_bits: int, v_bits: int):
@@ -42,19 +59,40 @@ def _store(k: Tensor, v: Tensor, k_bits: int, v_bits: int):
     return pool, table, tail, tail_scale, clamps, lens, balance, mean
 
 
+def _add_backends(
+    case: Case, q: Tensor, k: Tensor, v: Tensor, expected: Tensor, num_bytes: int, ceiling: str
+) -> None:
+    """torch's kernels by name; one that refuses the shape is absent, with its reason."""
+    for name, run in peers.sdpa_backends(q, k, v).items():
+        try:
+            out = run()
+        except RuntimeError as error:
+            case.absent[name] = f"failed: {str(error).splitlines()[0]}"
+            continue
+        error = _checked(name, _relative_error(out, expected), 0.01)
+        case.variants[name] = Variant(run, num_bytes, error, ceiling)
+
+
 def _decode(
-    batch: int, q_len: int, kv_len: int, device: torch.device, head_dim: int = HEAD_DIM
+    batch: int,
+    q_len: int,
+    kv_len: int,
+    device: torch.device,
+    head_dim: int = HEAD_DIM,
+    kv_heads: int = KV_HEADS,
 ) -> Case:
-    q, k, v = _inputs(batch, q_len, kv_len, device, head_dim)
+    q, k, v = _inputs(batch, q_len, kv_len, device, head_dim, kv_heads)
     name = f"decode, {kv_len} tokens, batch {batch}, q_len {q_len}"
     name += "" if head_dim == HEAD_DIM else f", head_dim {head_dim}"
-    case = Case(name, _shape(batch, q_len, kv_len, head_dim), {})
+    name += "" if kv_heads == KV_HEADS else f", {kv_heads} kv heads"
+    case = Case(name, _shape(batch, q_len, kv_len, head_dim, kv_heads), {})
     dense = peers.sdpa_decode(q, k, v)
     expected = dense["SDPA fp32, enable_gqa"]()
     for name, run in dense.items():
         size = 2 if "bf16" in name else 4
         error = _checked(name, _relative_error(run(), expected), 0.01)
         case.variants[name] = Variant(run, 2 * k.numel() * size, error)
+    _add_backends(case, q, k, v, expected, 4 * k.numel(), "read")
     q16 = q.bfloat16()
     for name, (k_bits, v_bits) in WIDTHS.items():
         pool, table, tail, _, _, lens, balance, mean = _store(k, v, k_bits, v_bits)
@@ -64,6 +102,7 @@ def _decode(
 
         error = _checked(name, _relative_error(run(), expected), MAX_ERROR[name])
         case.variants[f"kvcore {name}"] = Variant(run, _num_bytes(*pool, table), error)
+    case.task = Task("decode", {"q": q, "k": k, "v": v}, expected)
     case.operations = 4 * batch * Q_HEADS * q_len * kv_len * head_dim
     return case
 
@@ -76,6 +115,7 @@ def _prefill(tokens: int, device: torch.device) -> Case:
     for name, run in dense.items():
         error = _checked(name, _relative_error(run(), expected), 0.01)
         case.variants[name] = Variant(run, 0, error, f"{name[-4:]} matmul")
+    _add_backends(case, q, k, v, expected, 0, "bf16 matmul")
     q16, k16, v16 = (x.bfloat16() for x in (q, k, v))
 
     def run():
@@ -83,6 +123,7 @@ def _prefill(tokens: int, device: torch.device) -> Case:
 
     error = _checked("int8", _relative_error(run(), expected), MAX_ERROR["8 bit"])
     case.variants["kvcore int8"] = Variant(run, 0, error, "int8 matmul")
+    case.task = Task("prefill", {"q": q, "k": k, "v": v}, expected)
     case.operations = 2 * Q_HEADS * tokens * tokens * HEAD_DIM  # half of 4: causal
     return case
 
@@ -143,3 +184,5 @@ def turbo(quick: bool, device: torch.device) -> Iterator[Callable[[], Case]]:
     yield lambda: _decode(1, 4, 32768, device)
     for head_dim in (64, 256):
         yield lambda head_dim=head_dim: _decode(1, 1, 32768, device, head_dim)
+    for kv_heads in (2, 32):
+        yield lambda kv_heads=kv_heads: _decode(1, 1, 4096, device, kv_heads=kv_heads)

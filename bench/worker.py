@@ -1,8 +1,9 @@
 """The other side of remote.py: one process that runs what an adapter offers.
 
-    python worker.py ADAPTER.py FOLDER ARGUMENTS
+    python worker.py ADAPTER.py ARRAYS RESULTS ARGUMENTS
 
-FOLDER holds arrays as .npy, and takes results. Needs numpy and whatever the adapter imports.
+ARRAYS is a folder of .npy files, RESULTS one that takes them. Needs numpy and whatever the adapter
+imports; on a GPU that is torch as well, whose clock is the GPU's.
 """
 
 from __future__ import annotations
@@ -13,16 +14,52 @@ import pathlib
 import runpy
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 
 
+def time_on_cpu(run: Callable[[], object]) -> float:
+    """Seconds of one call; its result is kept until the clock has stopped."""
+    start = time.perf_counter()
+    result = run()
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
+def clock(device: str) -> Callable[[Callable[[], object]], float]:
+    """What times one call on a device, behind a flush that hides the launch if it is a GPU."""
+    if device == "cpu":
+        return time_on_cpu
+    import torch
+    from timer import CacheFlusher, time_on_gpu
+
+    flush = CacheFlusher(torch.device(device))
+
+    def timed(run: Callable[[], object]) -> float:
+        flush()
+        return time_on_gpu(run)
+
+    return timed
+
+
+def as_array(result: object) -> np.ndarray:
+    """A result in fp32; numpy knows neither bf16 nor GPUs."""
+    if hasattr(result, "cpu"):
+        result = result.detach().float().cpu().numpy()
+    return np.asarray(result, dtype=np.float32)
+
+
 def main() -> None:
-    adapter, folder, arguments = sys.argv[1], pathlib.Path(sys.argv[2]), json.loads(sys.argv[3])
+    adapter, arguments = sys.argv[1], json.loads(sys.argv[4])
+    inputs, results = (pathlib.Path(folder) for folder in sys.argv[2:4])
     # Whatever libraries print must not be taken for answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    arrays = {path.stem: np.load(path) for path in folder.glob("*.npy")}
+    # Mapped: what an adapter converts is read once and never resident as a whole.
+    arrays = {path.stem: np.load(path, mmap_mode="c") for path in inputs.glob("*.npy")}
+    time_once = clock(arguments.get("device", "cpu"))
     variants = runpy.run_path(adapter)["load"](arrays, **arguments)
 
     def answer(**fields: object) -> None:
@@ -32,19 +69,17 @@ def main() -> None:
     answer(variants=list(variants))
     for line in sys.stdin:
         command = json.loads(line)
-        if "time" in command:
-            run = variants[command["time"]]
-            start = time.perf_counter()
-            result = run()
-            seconds = time.perf_counter() - start
-            del result
-            answer(seconds=seconds)
-            continue
-        result, path = variants[command["call"]](), None
-        if result is not None:
-            path = str(folder / "result.npy")
-            np.save(path, np.asarray(result, dtype=np.float32))
-        answer(result=path)
+        try:
+            if "time" in command:
+                answer(seconds=time_once(variants[command["time"]]))
+                continue
+            result, path = variants[command["call"]](), None
+            if result is not None:
+                path = str(results / "result.npy")
+                np.save(path, as_array(result))
+            answer(result=path)
+        except Exception as error:  # of a library's: the other variants go on
+            answer(error=f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 if __name__ == "__main__":

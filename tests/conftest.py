@@ -1,4 +1,6 @@
 import os
+import pathlib
+import sys
 
 # torch keeps compiled graphs on disk under keys that leave out arguments equal to a schema's
 # default: after a default changed, a graph of another checkout would run with the old value.
@@ -31,6 +33,20 @@ def pytest_collection_modifyitems(config, items):
 def device(request):
     """Every device that the ops run on."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Imports come from bench/, whose `cases` is not the one beside this file."""
+    folder = pathlib.Path(__file__).resolve().parent.parent / "bench"
+    monkeypatch.syspath_prepend(str(folder))
+    names = [path.stem for path in folder.glob("*.py")]
+    names += ["peers", *(f"peers.{path.stem}" for path in folder.glob("peers/*.py"))]
+    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    yield folder
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(others)
 
 
 @pytest.fixture

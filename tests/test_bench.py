@@ -7,19 +7,7 @@ import pytest
 import torch
 
 BENCH = pathlib.Path(__file__).resolve().parent.parent / "bench"
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """Imports come from bench/, whose `cases` is not the one beside this file."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    names = [path.stem for path in BENCH.glob("*.py")]
-    names += ["peers", *(f"peers.{path.stem}" for path in BENCH.glob("peers/*.py"))]
-    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    yield
-    for name in names:
-        sys.modules.pop(name, None)
-    sys.modules.update(others)
+CPU = torch.device("cpu")
 
 
 def test_rounds_interleave_and_rotate(bench):
@@ -31,6 +19,17 @@ def test_rounds_interleave_and_rotate(bench):
     assert calls == list("abc") + list("abc") + list("bca") + list("cab")  # warm-up first
     assert len(flushes) == 9
     assert all(len(s) == 3 and min(s) >= 0 for s in samples.values())
+
+
+def test_rounds_end_when_the_time_is_over(bench):
+    import math
+
+    from timer import MIN_ROUNDS, interleave
+
+    for seconds, rounds in ((0.0, MIN_ROUNDS), (math.inf, 20)):
+        samples = interleave({"a": lambda: None}, 20, CPU, seconds=seconds)
+        assert len(samples["a"]) == rounds
+    assert len(interleave({"a": lambda: None}, 2, CPU, seconds=0.0)["a"]) == 2
 
 
 @pytest.mark.parametrize("count", [1, 2, 20])
@@ -88,13 +87,32 @@ def test_every_case_passes_its_check_and_runs(bench):
         cases._checked("case", float("nan"), 0.1)
 
 
+def test_gdns_cases_pass_their_checks_and_run(bench, monkeypatch):
+    import gdn_cases
+
+    monkeypatch.setattr(gdn_cases, "K_HEADS", 2)
+    monkeypatch.setattr(gdn_cases, "V_HEADS", 4)
+    built = [
+        gdn_cases._forward(64, CPU),
+        gdn_cases._backward(64, CPU),
+        gdn_cases._decode(3, CPU),
+        gdn_cases._conv(64, CPU),
+    ]
+    for case in built:
+        assert any(name.startswith("kvcore") for name in case.variants)
+        for variant in case.variants.values():
+            variant.run()
+    states = built[2].task.arrays["state"]
+    assert built[2].task.state_bytes == states.numel() * 4
+
+
 def test_lexicos_cases_pass_their_checks_and_run(bench, monkeypatch):
     import lexico_cases
 
     monkeypatch.setattr(lexico_cases, "ATOMS", 160)
     monkeypatch.setattr(lexico_cases, "ENCODED", {4: 64})
     monkeypatch.setattr(lexico_cases, "SPARSITIES", (4, 9))
-    encode, decode = lexico_cases._encode(4), lexico_cases._decode(704, 160)
+    encode, decode = lexico_cases._encode(4), lexico_cases._decode(704, 160, CPU)
     on_gpu = lexico_cases._encode_on_gpu(4, 64, torch.device("cpu"))
     assert {"kvcore", "torch, batched", "scikit-learn orthogonal_mp"} <= set(encode.variants)
     assert "kvcore, sparsity 9, 29.0 bytes a vector" in decode.variants
@@ -171,7 +189,7 @@ def test_a_plot_is_the_same_bytes_when_drawn_again(bench, monkeypatch, tmp_path)
 def test_an_unknown_table_is_refused(bench):
     from report import filled
 
-    with pytest.raises(SystemExit, match="no table is named other; there are turbo, demo"):
+    with pytest.raises(SystemExit, match="no table is named other; there are turbo, turbo_peers"):
         filled("<!-- bench: other x -->\n<!-- end -->")
 
 
@@ -297,6 +315,8 @@ def test_a_peer_that_is_not_installed_has_no_interpreter(bench, monkeypatch, tmp
     python = tmp_path / "ggml" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.touch()
+    assert interpreter("ggml") is None  # install.sh was interrupted
+    tmp_path.joinpath("ggml", "installed.txt").write_text("ggml==1\n")
     assert interpreter("ggml") == str(python)
 
 

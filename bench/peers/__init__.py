@@ -1,1 +1,1 @@
-"""What kvcore is compared with, one module per family."""
+"""What kvcore is compared with: a module per family, and peers with environments of their own."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def _bottom_right(q_len: int, kv_len: int, device: torch.device) -> Tensor:
@@ -54,6 +55,29 @@ def sdpa_prefill(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tens
 
         variants[f"SDPA {name}"] = attention
     return variants
+
+
+def sdpa_backends(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """torch's flash and cuDNN kernels by name on a GPU, for one query or a whole prompt.
+
+    torch chooses among its kernels by itself; by name, one that does not take the shape raises.
+    """
+    q_len, kv_len = q.shape[2], k.shape[2]
+    if q.device.type != "cuda" or q_len not in (1, kv_len):
+        return {}
+    qd, kd, vd = (x.bfloat16() for x in (q, k, v))
+    kernels = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+
+    def by(kernel):
+        def run():
+            with sdpa_kernel(kernel):
+                return F.scaled_dot_product_attention(
+                    qd, kd, vd, is_causal=q_len > 1, enable_gqa=True
+                )
+
+        return run
+
+    return {f"SDPA bf16, {name}": by(kernel) for name, kernel in kernels.items()}
 
 
 def dynamic_cache():

@@ -511,8 +511,9 @@ def _bench_parser(commands: Any) -> None:
         help="run the benchmarks of a checkout, and report or compare their results",
         description="Runs bench/run.py of a checkout of kvcore with this Python and this kvcore, "
         "and returns its exit code. All other options are passed on: --family turbo, --quick, "
-        "--cases TEXT, --rounds N, --out DIR. As first word, report (tables and plots from the "
-        "results), compare (two results) or ab (two commits) runs that script instead.",
+        "--cases TEXT, --rounds N, --peers NAME, --out DIR. As first word, report (tables and "
+        "plots from the results), compare (two results) or ab (two commits) runs that script "
+        "instead.",
         allow_abbrev=False,  # --check is report's, not --checkout
     )
     parser.add_argument(
