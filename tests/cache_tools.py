@@ -73,14 +73,21 @@ def snapshot(layer):
             "padding": None if layer.padding is None else layer.padding.tolist(),
             "initialized": layer.is_initialized,
             "values": None if layer.keys is None else stored(layer),
+            "codes": codes_of(layer),
         }
     )
+
+
+def codes_of(layer):
+    """How many tokens of a lexico layer are coded, and over how many atoms."""
+    codes = getattr(layer.store, "codes", None)
+    return None if codes is None else (codes.num_tokens, codes.atoms)
 
 
 def assert_unchanged(layer, before):
     """The layer reads as it did; spare blocks may have been added."""
     after = snapshot(layer)
-    for name in ("tokens", "padding", "initialized"):
+    for name in ("tokens", "padding", "initialized", "codes"):
         assert after[name] == before[name], name
     assert (after["values"] is None) == (before["values"] is None)
     if after["values"] is not None:

@@ -1,4 +1,4 @@
-"""Valid calls of every op of turbo, and every way to spoil one with the error that must follow."""
+"""Ways to spoil valid calls of a family's ops, and the errors that must follow."""
 
 import dataclasses
 import functools
@@ -10,62 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import cases
-
 NAN, INF = math.nan, math.inf
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 INT64_MIN = -(2**63)
 FLOATS = "float32, float16 or bfloat16"
-# Sizes of the valid calls: [batch, 2, kv_heads, max_pages], and a block of 8 bit.
-B, H, Q_HEADS, D, PAGES, BLOCK = 2, 2, 4, 64, 4, 4160
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# What the std::bad_alloc of an op becomes.
+NO_MEMORY = RuntimeError if torch.__version__ >= (2, 15) else MemoryError
 
 Arguments = dict[str, object]
 
 
 def int32(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
-
-
-def valid(op: str) -> Arguments:
-    """Arguments of a call that works, every optional tensor given."""
-    balance, mean = 1 + torch.rand(B, H, D), torch.rand(B, H, D)
-    calibration = {"k_balance": balance, "k_mean": mean}
-    k, v = cases.normal(2, B, H, 70, D, seed=1)
-    padding = {"left_padding": int32(0, 3)}
-    q = cases.normal(B, Q_HEADS, 5, D, seed=2)
-    if op == "attention":
-        return {"q": q, "k": k, "v": v, **calibration}
-    if op == "attention_packed":
-        packed = {name: x[:1].clone() for name, x in calibration.items()}
-        cu_seqlens = {"cu_seqlens_q": int32(0, 2, 5), "cu_seqlens_k": int32(0, 30, 70)}
-        return {"q": q[:1], "k": k[:1], "v": v[:1], **packed, **cu_seqlens}
-    if op == "calibrate":
-        return {"k": k, **padding}
-    if op == "head_priority":
-        return {"x": k, **padding}
-    if op == "quantize":
-        return {"k": k, "v": v, **calibration, **padding}
-    # Sequences of 130 and 70 tokens; the 70 new ones fill page 2 of the first, 1 of the second.
-    store = cases.empty_store(B, H, D, PAGES)
-    first = cases.normal(2, B, H, 130, D, seed=0)
-    torch.ops.kvcore.turbo_append(*first, *store.writable, balance, mean, int32(0, 60))
-    state = {name: getattr(store, name) for name in ("pool", "block_table", "tail", "seq_lens")}
-    if op == "rewind":
-        return {**state, "new_lens": int32(5, 70)}
-    if op == "dequantize":
-        return {**state, **calibration, "kv_len": 130}
-    if op == "decode":
-        return {"q": q, **state, **calibration}
-    counts = {"tail_scale": store.tail_scale, "clamp_count": store.clamp_count}
-    seq_lens = {"seq_lens": state.pop("seq_lens")}
-    return {"k": k, "v": v, **state, **counts, **seq_lens, **calibration, **padding}
-
-
-sample = functools.cache(valid)  # for the shapes only
-
-
-def schema_name(op: str) -> str:
-    return "turbo_" + op.removesuffix("_packed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +32,7 @@ class Spoiled:
     op: str
     label: str
     spoil: Callable[[Arguments], None]
-    message: str  # after "turbo_<op>: ", unless error says otherwise
+    message: str  # after "<family>_<op>: ", unless error says otherwise
     error: type[Exception] = RuntimeError
     exact: bool = True  # else: the error's text contains message
 
@@ -91,8 +48,14 @@ def put(name: str, value: object) -> Callable[[Arguments], None]:
 
 
 def change(name: str, f: Callable[[Tensor], Tensor]) -> Callable[[Arguments], None]:
+    """`pool[0]` is the first of the list `pool`."""
+    argument = name.removesuffix("[0]")
+
     def spoil(args: Arguments) -> None:
-        args[name] = f(args[name])
+        if argument == name:
+            args[name] = f(args[name])
+        else:
+            args[argument] = [f(args[argument][0]), *args[argument][1:]]
 
     return spoil
 
@@ -104,6 +67,10 @@ def element(name: str, index: tuple[int, ...], value: int) -> Callable[[Argument
     return spoil
 
 
+def together(**arguments: object) -> Callable[[Arguments], None]:
+    return lambda args: args.update(arguments)
+
+
 # ---- Tensors of a fixed form. "*" stands for any size.
 
 
@@ -111,50 +78,31 @@ def element(name: str, index: tuple[int, ...], value: int) -> Callable[[Argument
 class Form:
     shape: tuple[int | str, ...]
     dtype: torch.dtype
+    more_dtypes: tuple[torch.dtype, ...] = ()  # that will do as well
 
     def text(self) -> str:
         return "[" + ", ".join(map(str, self.shape)) + "]"
 
 
-PER_CHANNEL = Form((B, H, D), torch.float32)
-FORMS = {
-    "k_balance": PER_CHANNEL,
-    "k_mean": PER_CHANNEL,
-    "left_padding": Form((B,), torch.int32),
-    "block_table": Form((B, 2, H, "*"), torch.int32),
-    "tail": Form((B, 2, H, 2, BLOCK), torch.uint8),
-    "tail_scale": Form((B, 2, H), torch.float32),
-    "clamp_count": Form((B, 2, H), torch.int64),
-    "seq_lens": Form((B,), torch.int32),
-    "new_lens": Form((B,), torch.int32),
-}
-OPTIONAL = ("k_balance", "k_mean", "left_padding", "cu_seqlens_q", "cu_seqlens_k")
-CALIBRATION = ("k_balance", "k_mean")
-STATE = ("block_table", "tail", "seq_lens")
-TENSORS = {
-    "attention": CALIBRATION,
-    "calibrate": ("left_padding",),
-    "head_priority": ("left_padding",),
-    "quantize": (*CALIBRATION, "left_padding"),
-    "append": (*STATE, "tail_scale", "clamp_count", *CALIBRATION, "left_padding"),
-    "rewind": (*STATE, "new_lens"),
-    "dequantize": (*STATE, *CALIBRATION),
-    "decode": (*STATE, *CALIBRATION),
-}
 WRONG_DTYPES = (
     torch.float32,
     torch.float64,
+    torch.float16,
     torch.bfloat16,
+    torch.float8_e4m3fn,
     torch.uint8,
     torch.int8,
+    torch.int16,
     torch.int32,
     torch.int64,
     torch.bool,
     torch.complex64,
 )
-DTYPE_NAMES = {torch.complex64: "ComplexFloat", torch.float8_e4m3fn: "Float8_e4m3fn"}
-TAILS = "[batch, 2, kv_heads, 2, bytes] with bytes one of 4160, 6208, 8256, 16448"
-STORE_OPS = ("append", "rewind", "dequantize", "decode")
+DTYPE_NAMES = {
+    torch.complex64: "ComplexFloat",
+    torch.float8_e4m3fn: "Float8_e4m3fn",
+    torch.float8_e5m2: "Float8_e5m2",
+}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -176,202 +124,242 @@ def with_gaps(x: Tensor) -> Tensor:
     return torch.stack([x, x], -1)[..., 0]
 
 
-# What the changed argument makes the op say about another one, or in other words than its form.
-def other_words(op: str, name: str, label: str) -> str | None:
-    tells_sizes = op in ("rewind", "dequantize")  # block_table and tail alone tell the sizes
-    if name == "block_table" and (tells_sizes or op == "decode"):
-        if label in ("rank-", "rank+", "scalar", "None"):
-            return "block_table must be 4-dimensional, got {got}"
-        if op == "decode" and label == "dim2=0":
-            return "block_table must be of at least 1 head, got 0"
-        if op == "decode" and label == "dim2=3":
-            return "q must be of a multiple of 3 heads, got 4"
-        if tells_sizes and label in ("dim0=0", "dim0=3"):
-            return f"tail must be [{label[-1]}, 2, 2, 2, {BLOCK}], got [2, 2, 2, 2, {BLOCK}]"
-        if tells_sizes and label in ("dim2=0", "dim2=3"):
-            return f"tail must be [2, 2, {label[-1]}, 2, {BLOCK}], got [2, 2, 2, 2, {BLOCK}]"
-    if name == "tail" and tells_sizes and label.startswith(("rank", "scalar", "None", "dim4")):
-        return f"tail must be {TAILS}, got {{got}}"
-    return None
-
-
-def of_fixed_form() -> Iterator[Spoiled]:
-    """Every tensor that has to have one form, in every other one."""
-    for op, names in TENSORS.items():
-        for name in names:
-            form = FORMS[name]
-            spoilers: list[tuple[str, Callable[[Tensor], Tensor]]] = [
-                ("rank-", lambda x: x[..., 0].contiguous()),
-                ("rank+", lambda x: x.unsqueeze(-1)),
-                ("scalar", lambda x: x.new_zeros(())),
-            ]
-            for i, size in enumerate(form.shape):
-                if size != "*":
-                    spoilers.append((f"dim{i}={size + 1}", resized(i)))
-                    spoilers.append((f"dim{i}=0", resized(i, 0)))
-            for label, f in spoilers:
-                got = list(f(sample(op)[name]).shape)
-                words = other_words(op, name, label) or f"{name} must be {form.text()}, got {{got}}"
-                message = words.format(got=got)
-                yield Spoiled(op, f"{name}-{label}", change(name, f), message)
-            if name not in OPTIONAL:
-                words = (
-                    other_words(op, name, "None") or f"{name} must be {form.text()}, got {{got}}"
-                )
-                yield Spoiled(op, f"{name}-None", put(name, None), words.format(got="None"))
-            for dtype in WRONG_DTYPES:
-                if dtype != form.dtype:
-                    text = f"{name} must be {dtype_name(form.dtype)}, got {dtype_name(dtype)}"
-                    spoil = change(name, lambda x, dtype=dtype: x.to(dtype))
-                    yield Spoiled(op, f"{name}-{dtype_name(dtype)}", spoil, text)
-            for label, f in (("gaps", with_gaps), ("expanded", lambda x: x[:1].expand_as(x))):
-                strides = list(f(sample(op)[name]).stride())
-                text = f"{name} must be contiguous, got strides {strides}"
-                yield Spoiled(op, f"{name}-{label}", change(name, f), text)
-
-
-# ---- Tensors that no native code sees
-
-
-def tensor_names(op: str) -> list[str]:
-    """Tensor arguments of valid(op) in the order of the schema; of the pool its first slab."""
-    names = []
-    for name, value in sample(op).items():
-        if isinstance(value, (list, Tensor)):
-            names.append("pool[0]" if name == "pool" else name)
-    return names
-
-
-def change_any(name: str, f: Callable[[Tensor], object]) -> Callable[[Arguments], None]:
-    """`pool[0]` is the first of the list."""
-
-    def spoil(args: Arguments) -> None:
-        if name == "pool[0]":
-            args["pool"] = [f(args["pool"][0]), *args["pool"][1:]]
-        else:
-            args[name] = f(args[name])
-
-    return spoil
-
-
 def quantized(x: Tensor) -> Tensor:
     # What torch.quantize_per_tensor makes, with a warning that it is deprecated.
     return torch._empty_affine_quantized(x.shape, scale=1.0, zero_point=0, dtype=torch.qint8)
 
 
-def of_other_kinds() -> Iterator[Spoiled]:
-    """Sparse, quantized and meta tensors, and values that are no tensors, in every place."""
-    for op in (*TENSORS, "attention_packed"):
-        names = tensor_names(op)
-        for name in names:
-            backends = {"SparseCPU": lambda x: x.to_sparse()}
-            if name in ("q", "k", "v", "x"):
-                backends |= {"QuantizedCPU": quantized, "MkldnnCPU": lambda x: x.to_mkldnn()}
-            for backend, f in backends.items():
-                text = f"Could not run 'kvcore::{schema_name(op)}' with arguments from the "
-                text += f"'{backend}' backend"
-                spoil = change_any(name, f)
-                label = f"{name}-{backend}"
-                yield Spoiled(op, label, spoil, text, NotImplementedError, exact=False)
-            if name == names[0]:
-                other = "pool[1]" if name == "pool[0]" else names[1]
-                text = f"{other} must be on meta like {name}, got cpu"
-            else:
-                text = f"{name} must be on cpu like {names[0]}, got meta"
-            yield Spoiled(op, f"{name}-meta", change_any(name, lambda x: x.to("meta")), text)
-
-            if name == "pool[0]":
-                kind, argument = "List[Tensor]", "pool"
-                strangers = [("text", "text"), ("None", None), ("number", 3)]
-                strangers += [("array", np.zeros((3, BLOCK), np.uint8))]
-            else:
-                kind, argument = ("Optional[Tensor]" if name in OPTIONAL else "Tensor"), name
-                strangers = [("text", "text"), ("number", 3), ("list", [torch.zeros(2)])]
-                strangers += [("array", np.zeros(2, np.float32))]
-            for label, value in strangers:
-                found = "list" if name == "pool[0]" else type(value).__name__
-                text = f"kvcore::{schema_name(op)}() Expected a value of type '{kind}' for "
-                text += f"argument '{argument}' but instead found type '{found}'."
-                spoil = change_any(name, lambda x, value=value: value)
-                yield Spoiled(op, f"{name}-{label}", spoil, text, exact=False)
+def huge(*shape: int) -> Tensor:
+    """A tensor of any size that takes the memory of one element."""
+    return torch.zeros(()).expand(shape)
 
 
-# ---- Float inputs
+def plain(**tensors: Tensor) -> Callable[[Arguments], None]:
+    """These tensors, and None in the place of all others."""
+
+    def spoil(args: Arguments) -> None:
+        for name, value in args.items():
+            if isinstance(value, Tensor):
+                args[name] = None
+        args.update(tensors)
+
+    return spoil
 
 
-def of_inputs() -> Iterator[Spoiled]:
-    bad_dtypes = (torch.float64, torch.int8, torch.int32, torch.bool, torch.complex64)
-    bad_dtypes += (torch.float8_e4m3fn,)
-    first = {"attention": "q", "decode": "q", "calibrate": "k", "head_priority": "x"}
-    first |= {"quantize": "k", "append": "k"}
-    for op, name in first.items():
-        for dtype in bad_dtypes:
-            text = f"{name} must be {FLOATS}, got {dtype_name(dtype)}"
-            spoil = change(name, lambda x, dtype=dtype: x.to(dtype))
-            yield Spoiled(op, f"{name}-{dtype_name(dtype)}", spoil, text)
-        for label, f in (
-            ("rank3", lambda x: x[0]),
-            ("rank5", lambda x: x[None]),
-            ("scalar", lambda x: x.sum()),
-        ):
-            got = list(f(sample(op)[name]).shape)
-            text = f"{name} must be 4-dimensional, got {got}"
+def shared(a: str, b: str) -> Callable[[Arguments], None]:
+    """Arguments a and b in the same memory, from the same byte on, with the bytes of b."""
+
+    def spoil(args: Arguments) -> None:
+        views = {}
+        change(a, lambda x: views.setdefault(a, x))(args)
+        change(b, lambda x: views.setdefault(b, x))(args)
+        memory = torch.zeros(max(x.nbytes for x in views.values()), dtype=torch.uint8)
+        for name, x in views.items():
+            view = memory[: x.nbytes].view(x.dtype).view(x.shape)
+            change(name, lambda _, view=view, x=x: view.copy_(x))(args)
+
+    return spoil
+
+
+# Values of another Python type than a scalar's.
+WRONG_VALUES = {
+    "bool": ("text", [1]),
+    "int": ("text", 2.5, [1], None, 2**63),
+    "Optional[int]": ("text", 2.5, [1], 2**63, -(2**63) - 1),
+    "float": ("text", [1.0], None, 1j),
+    "Optional[float]": ("text", [1.0], 1j),
+    "List[int]": ("text", 4, None, [4.5], ["4"], [2**63], torch.tensor([4])),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Family:
+    """What there is to spoil in the calls of a family's ops."""
+
+    name: str
+    ops: tuple[str, ...]
+    # Arguments of a call that works, every optional tensor given.
+    valid: Callable[[str], Arguments]
+    # By op: its tensors that have to have one form; those that may be None; the float input whose
+    # head_dim has kernels; scalars with their types.
+    forms: dict[str, dict[str, Form]]
+    optional: tuple[str, ...]
+    inputs: dict[str, str]
+    scalars: dict[str, dict[str, str]]
+    # Of ops that write: their tensors in the order in which messages name them, and those written.
+    memory: dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
+    # What changing an argument so makes an op say about another one, or in other words than its
+    # form; with "{got}" for the changed shape. Of op, argument and label; None if there is no such.
+    other_words: Callable[[str, str, str], str | None]
+
+    # There are few families, and they live as long as the process.
+    @functools.cache  # noqa: B019
+    def sample(self, op: str) -> Arguments:
+        """valid(op), for the shapes only."""
+        return self.valid(op)
+
+    def schema(self, op: str) -> str:
+        return f"{self.name}_{op.removesuffix('_packed')}"
+
+    def calls(self) -> Iterator[Spoiled]:
+        """What can be spoiled in the same way in every op."""
+        yield from self.of_fixed_form()
+        yield from self.of_other_kinds()
+        yield from self.of_inputs()
+        yield from self.of_types()
+        yield from self.of_shared_memory()
+
+    def of_fixed_form(self) -> Iterator[Spoiled]:
+        """Every tensor that has to have one form, in every other one."""
+        for op, forms in self.forms.items():
+            for name, form in forms.items():
+                yield from self._other_forms(op, name, form)
+
+    def _other_forms(self, op: str, name: str, form: Form) -> Iterator[Spoiled]:
+        def message(label: str, got: object) -> str:
+            words = self.other_words(op, name, label)
+            return (words or f"{name} must be {form.text()}, got {{got}}").format(got=got)
+
+        x = self.sample(op)[name]
+        spoilers: list[tuple[str, Callable[[Tensor], Tensor]]] = [
+            ("rank-", lambda x: x[..., 0].contiguous()),
+            ("rank+", lambda x: x.unsqueeze(-1)),
+            ("scalar", lambda x: x.new_zeros(())),
+        ]
+        for i, size in enumerate(form.shape):
+            if size != "*":
+                spoilers.append((f"dim{i}={size + 1}", resized(i)))
+                spoilers.append((f"dim{i}=0", resized(i, 0)))
+        for label, f in spoilers:
+            text = message(label, list(f(x).shape))
             yield Spoiled(op, f"{name}-{label}", change(name, f), text)
-        text = f"{name} must be 4-dimensional, got None"
-        yield Spoiled(op, f"{name}-None", put(name, None), text)
-        for head_dim in (0, 1, 32, 63, 65, 192, 257, 512):
-            text = f"head_dim must be one of 64, 96, 128, 256, got {head_dim}"
-            yield Spoiled(op, f"{name}-dim3={head_dim}", change(name, resized(3, head_dim)), text)
+        if len(self.tensor_names(op)) == 1:
+            text = "There were no tensor arguments to this function"
+            yield Spoiled(op, f"{name}-None", put(name, None), text, NotImplementedError, False)
+        elif name not in self.optional:
+            yield Spoiled(op, f"{name}-None", put(name, None), message("None", "None"))
+        for dtype in WRONG_DTYPES:
+            if dtype not in (form.dtype, *form.more_dtypes):
+                label = dtype_name(dtype)
+                text = self.other_words(op, name, label)
+                text = text or f"{name} must be {dtype_name(form.dtype)}, got {label}"
+                spoil = change(name, lambda x, dtype=dtype: x.to(dtype))
+                yield Spoiled(op, f"{name}-{label}", spoil, text)
+        for label, f in (("gaps", with_gaps), ("expanded", lambda x: x[:1].expand_as(x))):
+            text = f"{name} must be contiguous, got strides {list(f(x).stride())}"
+            yield Spoiled(op, f"{name}-{label}", change(name, f), text)
 
-    for op in ("attention", "quantize", "append"):
-        shape = "[2, 2, 70, 64]"
-        for i, size in itertools.product(range(4), (0, None)):
-            got = list(resized(i, size)(sample(op)["v"]).shape)
-            text = f"v must be {shape}, got {got}"
-            yield Spoiled(op, f"v-dim{i}={got[i]}", change("v", resized(i, size)), text)
-        for label, value in (("rank3", torch.zeros(2, 70, 64)), ("None", None)):
-            got = None if value is None else list(value.shape)
-            yield Spoiled(op, f"v-{label}", put("v", value), f"v must be {shape}, got {got}")
-        for dtype in (*bad_dtypes, torch.float16, torch.bfloat16):
-            text = f"v must be float32 like k, got {dtype_name(dtype)}"
-            spoil = change("v", lambda x, dtype=dtype: x.to(dtype))
-            yield Spoiled(op, f"v-{dtype_name(dtype)}", spoil, text)
+    def tensor_names(self, op: str) -> list[str]:
+        """Tensor arguments of valid(op) in the order of the schema; of a list its first."""
+        names = []
+        for name, value in self.sample(op).items():
+            if isinstance(value, (list, Tensor)):
+                names.append(f"{name}[0]" if isinstance(value, list) else name)
+        return names
 
-    def both(**sizes: int) -> Callable[[Arguments], None]:
-        def spoil(args: Arguments) -> None:
-            shape = [
-                sizes.get(name, size) for name, size in zip("bhtd", (B, H, 70, D), strict=True)
-            ]
-            args["k"], args["v"] = torch.zeros(2, *shape)
+    def of_other_kinds(self) -> Iterator[Spoiled]:
+        """Sparse, quantized and meta tensors, and values that are no tensors, in every place."""
+        for op in self.ops:
+            names = self.tensor_names(op)
+            for name in names:
+                backends = {"SparseCPU": lambda x: x.to_sparse()}
+                if name in ("q", "k", "v", "x"):
+                    backends |= {"QuantizedCPU": quantized, "MkldnnCPU": lambda x: x.to_mkldnn()}
+                for backend, f in backends.items():
+                    text = f"Could not run 'kvcore::{self.schema(op)}' with arguments from the "
+                    text += f"'{backend}' backend"
+                    label = f"{name}-{backend}"
+                    yield Spoiled(op, label, change(name, f), text, NotImplementedError, False)
+                yield from self._on_meta(op, name)
+                yield from self._strangers(op, name)
 
-        return spoil
+    def _on_meta(self, op: str, name: str) -> Iterator[Spoiled]:
+        names = self.tensor_names(op)
+        if name != names[0]:
+            text = f"{name} must be on cpu like {names[0]}, got meta"
+        elif name.endswith("[0]"):
+            text = f"{name.removesuffix('[0]')}[1] must be on meta like {name}, got cpu"
+        elif len(names) > 1:
+            text = f"{names[1]} must be on meta like {name}, got cpu"
+        else:
+            return
+        yield Spoiled(op, f"{name}-meta", change(name, lambda x: x.to("meta")), text)
 
-    yield Spoiled("attention", "kv-batch", both(b=3), "k must be [2, *, *, 64], got [3, 2, 70, 64]")
-    yield Spoiled(
-        "attention", "kv-head_dim", both(d=96), "k must be [2, *, *, 64], got [2, 2, 70, 96]"
-    )
-    yield Spoiled("attention", "kv-heads0", both(h=0), "k must be of at least 1 head, got 0")
-    yield Spoiled("attention", "kv-heads3", both(h=3), "q must be of a multiple of 3 heads, got 4")
-    for dtype in (torch.float16, torch.bfloat16):
+    def _strangers(self, op: str, name: str) -> Iterator[Spoiled]:
+        argument = name.removesuffix("[0]")
+        strangers = [("text", "text"), ("number", 3), ("array", np.zeros(2, np.float32))]
+        if argument == name:
+            kind = "Optional[Tensor]" if name in self.optional else "Tensor"
+            strangers.append(("list", [torch.zeros(2)]))
+        else:
+            kind = "List[Tensor]"
+            strangers.append(("None", None))
+        for label, value in strangers:
+            found = type(value).__name__ if argument == name else "list"
+            text = f"kvcore::{self.schema(op)}() Expected a value of type '{kind}' for "
+            text += f"argument '{argument}' but instead found type '{found}'."
+            spoil = change(name, lambda x, value=value: value)
+            yield Spoiled(op, f"{name}-{label}", spoil, text, exact=False)
 
-        def halves(args: Arguments, dtype: torch.dtype = dtype) -> None:
-            args["k"], args["v"] = args["k"].to(dtype), args["v"].to(dtype)
+    def of_inputs(self) -> Iterator[Spoiled]:
+        """Float inputs of a dtype, rank or head_dim that has no kernel."""
+        for op, name in self.inputs.items():
+            x = self.sample(op)[name]
+            for dtype in WRONG_DTYPES:
+                if dtype not in FLOAT_DTYPES:
+                    text = f"{name} must be {FLOATS}, got {dtype_name(dtype)}"
+                    spoil = change(name, lambda x, dtype=dtype: x.to(dtype))
+                    yield Spoiled(op, f"{name}-{dtype_name(dtype)}", spoil, text)
+            for label, f in (
+                ("rank3", lambda x: x[0]),
+                ("rank5", lambda x: x[None]),
+                ("scalar", lambda x: x.sum()),
+            ):
+                text = f"{name} must be 4-dimensional, got {list(f(x).shape)}"
+                yield Spoiled(op, f"{name}-{label}", change(name, f), text)
+            text = f"{name} must be 4-dimensional, got None"
+            yield Spoiled(op, f"{name}-None", put(name, None), text)
+            for head_dim in (0, 1, 32, 63, 65, 192, 257, 512):
+                text = f"head_dim must be one of 64, 96, 128, 256, got {head_dim}"
+                spoil = change(name, resized(3, head_dim))
+                yield Spoiled(op, f"{name}-dim3={head_dim}", spoil, text)
 
-        text = f"k must be float32 like q, got {dtype_name(dtype)}"
-        yield Spoiled("attention", f"kv-{dtype_name(dtype)}", halves, text)
-    text = f"block_table must be [3, 2, 2, *], got [2, 2, 2, {PAGES}]"
-    yield Spoiled("append", "kv-batch", both(b=3), text)
-    yield Spoiled("decode", "q-batch", change("q", resized(0)), text)
-    yield Spoiled("append", "kv-heads", both(h=1), text.replace("3, 2, 2,", "2, 2, 1,"))
-    text = f"tail must be [2, 2, 2, 2, 6208], got [2, 2, 2, 2, {BLOCK}]"
-    yield Spoiled("append", "kv-head_dim", both(d=96), text)
-    yield Spoiled("decode", "q-head_dim", change("q", resized(3, 96)), text)
-    text = "q must be of a multiple of 2 heads, got 5"
-    yield Spoiled("decode", "q-heads", change("q", resized(1)), text)
-    yield Spoiled("attention", "q-heads", change("q", resized(1)), text)
-    text = "k_balance must be [3, 2, 64], got [2, 2, 64]"
-    yield Spoiled("quantize", "kv-batch", both(b=3), text)
+    def of_types(self) -> Iterator[Spoiled]:
+        """Scalars of another Python type, which torch's schemas turn away by name."""
+        for op, kinds in self.scalars.items():
+            for name, kind in kinds.items():
+                for i, value in enumerate(WRONG_VALUES[kind]):
+                    text = f"kvcore::{self.schema(op)}() Expected a value of type '{kind}' for "
+                    text += f"argument '{name}' but instead found type '{type(value).__name__}'."
+                    label = f"{name}-{kind}-{i}"
+                    yield Spoiled(op, label, put(name, value), text, exact=False)
+            given = self.sample(op)
+            schema = getattr(torch.ops.kvcore, self.schema(op)).default._schema
+            text = "Unknown keyword argument 'mode' for operator"
+            if len(given) == len(schema.arguments):
+                text = f"expected at most {len(given)} argument(s) but received {len(given) + 1}"
+            yield Spoiled(op, "unknown", put("mode", "fast"), text, exact=False)
+
+    def of_shared_memory(self) -> Iterator[Spoiled]:
+        """What an op writes, in the memory of anything else."""
+        for op, (order, written) in self.memory.items():
+            for a, b in itertools.combinations(order, 2):
+                if not {a, b} & set(written):
+                    continue
+                first, other = (a, b) if a in written else (b, a)
+                text = f"{first} must be in memory of its own, got that of {other}"
+                yield Spoiled(op, f"{a}-in-{b}", shared(a, b), text)
 
 
-def all_of_forms() -> list[Spoiled]:
-    return [*of_fixed_form(), *of_other_kinds(), *of_inputs()]
+# ---- Scalars that several families have
+
+
+def softmax_scalars(op: str) -> Iterator[Spoiled]:
+    for value, got in ((NAN, "nan"), (INF, "inf"), (-INF, "-inf"), (1e39, "1e+39")):
+        text = f"scale must be finite in float32, got {got}"
+        yield Spoiled(op, f"scale={got}", put("scale", value), text)
+    for value in (0, -1, INT64_MIN):
+        text = f"window must be at least 1 or None, got {value}"
+        yield Spoiled(op, f"window={value}", together(window=value, causal=True), text)
+    text = "window must be None without causal, got 5"
+    yield Spoiled(op, "window-full", together(window=5, causal=False), text)

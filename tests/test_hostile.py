@@ -3,23 +3,47 @@
 import pytest
 import torch
 
-import hostile_calls
-import hostile_scalars
-import hostile_values
+import hostile_lexico
+import hostile_turbo
+import hostile_turbo_scalars
+import hostile_turbo_values
 from compare import assert_bitwise_equal
-from hostile_calls import valid
+from hostile_lexico import LEXICO
+from hostile_turbo import TURBO
 
 OPS = torch.ops.kvcore
 # What the sanitizers run. They end the process at sizes that malloc merely refuses.
-CALLS = [
-    *hostile_calls.all_of_forms(),
-    *hostile_values.of_indices(),
-    *hostile_values.of_pools(),
-    *hostile_scalars.of_scalars(),
-    *hostile_scalars.of_types(),
-    *hostile_values.of_shared_memory(),
-]
-HUGE_CALLS = list(hostile_values.of_sizes())
+CALLS = {
+    TURBO: [
+        *TURBO.calls(),
+        *hostile_turbo.of_two_inputs(),
+        *hostile_turbo_values.of_indices(),
+        *hostile_turbo_values.of_pools(),
+        *hostile_turbo_scalars.of_scalars(),
+        *hostile_turbo_values.of_overlapping_memory(),
+    ],
+    LEXICO: [
+        *LEXICO.calls(),
+        *hostile_lexico.of_other_sizes(),
+        *hostile_lexico.of_scalars(),
+        *hostile_lexico.of_values(),
+        *hostile_lexico.of_codes(),
+    ],
+}
+HUGE_CALLS = {
+    TURBO: list(hostile_turbo_values.of_sizes()),
+    LEXICO: list(hostile_lexico.of_sizes()),
+}
+
+
+def params(calls):
+    return [
+        pytest.param(family, call, id=f"{family.name}-{call}")
+        for family, of_family in calls.items()
+        for call in of_family
+    ]
+
+
 BIGGEST_COPY = 10**6
 
 
@@ -33,17 +57,16 @@ def tensors_of(args):
     return {k: x for k, x in named.items() if x.device.type == "cpu" and x.numel() < BIGGEST_COPY}
 
 
-def assert_fails(call):
-    args = valid(call.op)
+def assert_fails(family, call):
+    args = family.valid(call.op)
     call.spoil(args)
     before = {name: x.clone() for name, x in tensors_of(args).items()}
-    op = getattr(OPS, hostile_calls.schema_name(call.op))
     with pytest.raises(call.error) as caught:
-        op(**args)
+        getattr(OPS, family.schema(call.op))(**args)
     assert caught.type is call.error
     text = str(caught.value)
     if call.exact:
-        assert text == f"{hostile_calls.schema_name(call.op)}: {call.message}"
+        assert text == f"{family.schema(call.op)}: {call.message}"
     else:
         assert call.message in text
     for name, x in tensors_of(args).items():
@@ -51,24 +74,31 @@ def assert_fails(call):
 
 
 @pytest.mark.asan
-@pytest.mark.parametrize("call", CALLS, ids=str)
-def test_rejects(call):
-    assert_fails(call)
+@pytest.mark.parametrize(("family", "call"), params(CALLS))
+def test_rejects(family, call):
+    assert_fails(family, call)
 
 
-@pytest.mark.parametrize("call", HUGE_CALLS, ids=str)
-def test_rejects_what_no_memory_holds(call):
-    assert_fails(call)
+@pytest.mark.parametrize(("family", "call"), params(HUGE_CALLS))
+def test_rejects_what_no_memory_holds(family, call):
+    assert_fails(family, call)
+
+
+each_op = pytest.mark.parametrize(
+    ("family", "op"),
+    [pytest.param(family, op, id=family.schema(op)) for family in CALLS for op in family.ops],
+)
 
 
 @pytest.mark.asan
-@pytest.mark.parametrize("op", [*hostile_calls.TENSORS, "attention_packed"])
-def test_the_call_that_is_spoiled_is_valid(op):
-    getattr(OPS, hostile_calls.schema_name(op))(**valid(op))
+@each_op
+def test_the_call_that_is_spoiled_is_valid(family, op):
+    getattr(OPS, family.schema(op))(**family.valid(op))
 
 
-def test_there_are_enough_of_them():
-    names = [str(call) for call in CALLS + HUGE_CALLS]
+@pytest.mark.parametrize("family", CALLS, ids=lambda family: family.name)
+def test_there_are_enough_of_them(family):
+    names = [str(call) for call in CALLS[family] + HUGE_CALLS[family]]
     assert len(names) == len(set(names)), "two calls have one name"
     assert len(names) >= 300
 
@@ -76,43 +106,69 @@ def test_there_are_enough_of_them():
 # ---- Gradients that do not exist must not be zero, or missing, silently
 
 
-GRADIENTS = [
-    *(("attention", name) for name in ("q", "k", "v", "k_balance", "k_mean")),
-    ("calibrate", "k"),
-    ("head_priority", "x"),
-    *(("quantize", name) for name in ("k", "v", "k_balance", "k_mean")),
-    *(("dequantize", name) for name in ("k_balance", "k_mean")),
-    *(("decode", name) for name in ("q", "k_balance", "k_mean")),
-]
+GRADIENTS = {
+    TURBO: {
+        "attention": ("q", "k", "v", "k_balance", "k_mean"),
+        "calibrate": ("k",),
+        "head_priority": ("x",),
+        "quantize": ("k", "v", "k_balance", "k_mean"),
+        "dequantize": ("k_balance", "k_mean"),
+        "decode": ("q", "k_balance", "k_mean"),
+    },
+    LEXICO: {
+        "encode": ("x", "dictionary", "gram"),
+        "reconstruct": ("scale", "dictionary"),
+        "attention": ("q", "k_dictionary", "v_dictionary", "k_buffer", "v_buffer"),
+    },
+}
+# Floats that the op which writes reads.
+APPENDED = {TURBO: ("k", "v", "k_balance", "k_mean"), LEXICO: ("k_scale", "v_scale")}
 
 
-@pytest.mark.parametrize(("op", "name"), GRADIENTS, ids="-".join)
-def test_backward_refuses_by_name(op, name):
-    args = valid(op)
+@pytest.mark.parametrize(
+    ("family", "op", "name"),
+    [
+        pytest.param(family, op, name, id=f"{family.schema(op)}-{name}")
+        for family, of_family in GRADIENTS.items()
+        for op, names in of_family.items()
+        for name in names
+    ],
+)
+def test_backward_refuses_by_name(family, op, name):
+    schema = family.schema(op)
+    args = family.valid(op)
     args[name].requires_grad_()
-    results = getattr(OPS, f"turbo_{op}")(**args)
+    results = getattr(OPS, schema)(**args)
     for i, result in enumerate(results if isinstance(results, tuple) else (results,)):
         if not result.is_floating_point():
             continue
-        with pytest.raises(RuntimeError, match=f"^turbo_{op}: has no backward; call it under"):
+        with pytest.raises(RuntimeError, match=f"^{schema}: has no backward; call it under"):
             result.sum().backward(retain_graph=True)
         assert args[name].grad is None, i
     with torch.no_grad():
-        results = getattr(OPS, f"turbo_{op}")(**args)
+        results = getattr(OPS, schema)(**args)
     results = results if isinstance(results, tuple) else (results,)
     assert not any(result.requires_grad for result in results)
 
 
-@pytest.mark.parametrize("name", ["k", "v", "k_balance", "k_mean"])
-def test_append_takes_inputs_that_require_gradients(name):
-    plain = valid("append")
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        pytest.param(family, name, id=f"{family.name}-{name}")
+        for family, names in APPENDED.items()
+        for name in names
+    ],
+)
+def test_append_takes_inputs_that_require_gradients(family, name):
+    append = getattr(OPS, family.schema("append"))
+    plain = family.valid("append")
     tracked = {
         key: [x.clone() for x in value] if isinstance(value, list) else value.clone()
         for key, value in plain.items()
     }
     tracked[name].requires_grad_()
-    OPS.turbo_append(**plain)
-    OPS.turbo_append(**tracked)
+    append(**plain)
+    append(**tracked)
     for key, x in tensors_of(tracked).items():
         assert x.requires_grad == (key == f"{name}[0]")
         assert_bitwise_equal(x.detach(), tensors_of(plain)[key], key)

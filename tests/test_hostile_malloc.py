@@ -13,7 +13,8 @@ HERE = pathlib.Path(__file__).parent
 
 # What an op may say: its own words, or torch's where torch itself had no memory left.
 OP_ERRORS = re.compile(
-    r"RuntimeError: turbo_\w+: \w+ must be small enough for the memory of cpu, got \w+ \[[\d, ]+\]"
+    r"RuntimeError: (turbo|lexico)_\w+: \w+ must be small enough for the memory of cpu, "
+    r"got \w+ \[[\d, ]+\]"
     r"|RuntimeError: \w+\(.* API call failed at .*"
     r"|(MemoryError|RuntimeError): (std::bad_alloc|no memory for \d+ bytes of scratch)"
 )
@@ -31,12 +32,30 @@ def preload(tmp_path_factory):
     return library
 
 
+# Ops that take scratch memory, by set.
+SCRATCH = {
+    "turbo-ops": {"calibrate", "head_priority", "attention", "decode_split"},
+    "lexico-ops": {"encode_few", "encode_many", "attention", "seal", "unseal"},
+}
+
+
 @pytest.mark.parametrize(
     ("what", "threads", "num_cases", "allowed"),
     [
-        pytest.param("ops", 1, 12, OP_ERRORS, id="ops-1-thread"),
-        pytest.param("ops", 2, 12, OP_ERRORS, id="ops-2-threads"),
-        pytest.param("caches", 1, 19, CACHE_ERRORS, id="caches"),
+        ("turbo-ops", 1, 12, OP_ERRORS),
+        ("turbo-ops", 2, 12, OP_ERRORS),
+        ("turbo-caches", 1, 19, CACHE_ERRORS),
+        ("lexico-ops", 1, 10, OP_ERRORS),
+        ("lexico-ops", 2, 10, OP_ERRORS),
+        ("lexico-caches", 1, 13, CACHE_ERRORS),
+    ],
+    ids=[
+        "turbo-ops-1",
+        "turbo-ops-2",
+        "turbo-caches",
+        "lexico-ops-1",
+        "lexico-ops-2",
+        "lexico-caches",
     ],
 )
 def test_every_allocation_may_fail(preload, what, threads, num_cases, allowed):
@@ -58,6 +77,5 @@ def test_every_allocation_may_fail(preload, what, threads, num_cases, allowed):
         assert not unknown, f"{name}: {unknown}"
         if line["kind"] == "one":
             assert sum(line["errors"].values()) >= 5, f"{name}: hardly an allocation was made"
-    if what == "ops":
-        scratch = {line["case"] for line in lines if "bytes of scratch" in str(line["errors"])}
-        assert scratch >= {"calibrate", "head_priority", "attention", "decode_split"}
+    scratch = {line["case"] for line in lines if "bytes of scratch" in str(line["errors"])}
+    assert scratch >= SCRATCH.get(what, set())

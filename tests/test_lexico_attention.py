@@ -1,5 +1,6 @@
 """lexico_attention against exact attention over the vectors that the codes stand for."""
 
+import itertools
 import re
 
 import pytest
@@ -162,36 +163,26 @@ def test_nonfinite_values_poison_the_rows_that_see_them(backend):
     def problem():
         return make_problem(Shape(64, 70, 4, 1, 2), blocks=1, buffer=12)
 
-    for name in ("k_tail", "v_tail", "k_blocks", "v_blocks"):
+    scales = [[0x00, high] for high in (0x7E, 0x7C, 0xFC)]  # NaN, inf, -inf
+    for name, scale in itertools.product(("k_tail", "v_tail", "k_blocks", "v_blocks"), scales):
         p = problem()
-        data = getattr(p, name)
-        data = data[0] if isinstance(data, list) else data[:, :, 1]
-        # A scale of NaN: token 40 of the tail; of V's block token 33, of K's the first tile's.
-        offset = {"k_blocks": 128 + 2 * 33, "v_blocks": 2 * 33}.get(name, 16)
-        data[..., offset : offset + 2] = torch.tensor([0x00, 0x7E], dtype=torch.uint8)
-        if name == "k_blocks":
-            # Tiles follow the widths; the first has 32 scales, then indices: take its last scale.
-            data[..., offset : offset + 2] = 0
-            data[..., 128 + 62 : 128 + 64] = torch.tensor([0x00, 0x7E], dtype=torch.uint8)
-        out, _ = p.run(backend)
+        # Token 40 of the tail; of V's block token 33, of K's, behind 128 widths, the 31st.
+        spoil_scale(p, name, {"k_blocks": 31, "v_blocks": 33}.get(name, 40), scale)
+        out, lse = p.run(backend)
         assert out.isnan().all(), name
+        assert lse.isnan().all() == name.startswith("k"), name
         want, _ = p.expected()
-        assert want.isnan().all(), name
+        assert not want.isfinite().any(), name
         out, _ = agree(p, backend, window=20)
         assert out.isfinite().all(), name
-    for name, value in (("k_buffer", torch.nan), ("v_buffer", torch.inf)):
+    for name, value in itertools.product(
+        ("k_buffer", "v_buffer"), (torch.nan, torch.inf, -torch.inf)
+    ):
         p = problem()
         getattr(p, name)[0, 0, 9, 3] = value
         out, _ = p.run(backend)
-        bad = ~out.isfinite().all(-1)
-        # The last two of four queries are at or behind the buffer's tenth token, of twelve.
-        assert bad.any(1).tolist() == [[True]] or bad[0].any(0).tolist() == [
-            False,
-            True,
-            True,
-            True,
-        ]
-        assert not out[:, :, 0].isnan().any()
+        # The last three of four queries are at or behind the buffer's tenth token, of twelve.
+        assert (~out.isfinite()).any(-1).tolist() == [[[False, True, True, True]] * 2], name
     for value in (torch.nan, torch.inf, -torch.inf):
         p = problem()
         p.q[0, 1, 2, 5] = value
@@ -200,6 +191,51 @@ def test_nonfinite_values_poison_the_rows_that_see_them(backend):
         wrong[0, 1, 2] = True
         assert torch.equal(out.isnan().all(-1), wrong)
         assert torch.equal(lse.isnan(), wrong)
+
+
+def spoil_scale(problem, name, token, scale):
+    """Another scale of a token, two bytes, in all heads: of the tail, or of the first 32 of K's
+    block and any of V's."""
+    data = getattr(problem, name)
+    data = data[0] if isinstance(data, list) else data[:, :, token // 32]
+    at = {"k_blocks": 128 + 2 * token, "v_blocks": 2 * token}.get(name, 2 * (token % 32))
+    data[..., at : at + 2] = torch.tensor(scale, dtype=torch.uint8)
+
+
+@each_backend
+@pytest.mark.isa
+@pytest.mark.parametrize("high", [0x7E, 0x7C, 0xFC], ids=["nan", "inf", "-inf"])
+def test_nonfinite_values_do_not_reach_rows_that_do_not_see_them(backend, high):
+    """Hidden tokens beside visible ones, in the same tile."""
+    value = torch.tensor([0x00, high], dtype=torch.uint8).view(F16).float()
+
+    def problem(**spoiled):
+        p = make_problem(Shape(64, 70, 4, 1, 2), blocks=1, buffer=12)
+        for name, token in spoiled.items():
+            if name.endswith("buffer"):
+                getattr(p, name)[:, :, token] = value
+            else:
+                spoil_scale(p, name, token, [0x00, high])
+        return p
+
+    # The first query is token 4174, the last 4177; of them, the first that one sees is
+    # 25 in the block; 4136, 40 in the tail; 4170, 4 in the buffer.
+    hidden = (
+        ({"k_blocks": 8, "v_blocks": 8}, 4150),
+        ({"k_tail": 39, "v_tail": 39}, 39),
+        ({"k_buffer": 3, "v_buffer": 3}, 5),
+    )
+    for spoiled, window in hidden:
+        clean = problem().run(backend, window=window)
+        for a, b in zip(problem(**spoiled).run(backend, window=window), clean, strict=True):
+            assert_bitwise_equal(a, b, str(spoiled))
+    # The last token is seen by the last query alone.
+    clean = problem().run(backend)
+    for name in ("k_buffer", "v_buffer"):
+        out, lse = problem(**{name: 11}).run(backend)
+        assert_bitwise_equal(out[:, :, :3], clean[0][:, :, :3], name)
+        assert not out[:, :, 3].isfinite().any()
+        assert_bitwise_equal(lse[:, :, :3], clean[1][:, :, :3], name)
 
 
 @each_backend

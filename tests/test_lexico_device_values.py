@@ -72,6 +72,16 @@ CHANGES = {
 }
 
 
+@each_device_backend
+def test_seal_reports_more_pairs_of_an_atom_than_it_can_count(backend):
+    store = [lexico.empty_tail(1, 1, 128, 16) for _ in range(2)]
+    codes = random_codes(1, 1, 4096, 16, 60, 0)
+    codes[0][:], codes[1][:] = 17, 5
+    append(cases.CPU, codes + codes, [*store, torch.zeros(1, dtype=torch.int32)])
+    run(backend, "lexico_seal", *store, v_atoms=60)
+    assert "blocks or tails: not codes over so many atoms" in raised(backend)
+
+
 def sealed():
     codes, store = store_and_codes(2, 4096, 128)
     for coefficients in codes[1], codes[4]:

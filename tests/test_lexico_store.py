@@ -134,6 +134,28 @@ def test_tolerance_makes_blocks_smaller():
     assert sizes[1][1] < 0.7 * sizes[0][1]
 
 
+def test_seal_counts_an_atoms_pairs():
+    # As often as distinct atoms allow, as often as a count can say, and once more.
+    for sparsity, spare, fits in ((1, 0, True), (16, 1, True), (16, 0, False), (64, 0, False)):
+        store = tails(1, 1, 128, 1, sparsity)
+        codes = [*new_codes(1, 1, 4096, 1, sparsity)]
+        codes[3][:] = 17
+        codes[4][:] = 5
+        codes[4].view(-1)[:spare] = 0
+        kvcore.lexico_append(*codes, *store)
+        if fits:
+            blocks = kvcore.lexico_seal(*store[:2], v_atoms=60)
+            assert int(blocks[1][0, 0, 8192 + 34 : 8192 + 36].view(torch.uint16)) == (
+                4096 * sparsity - spare
+            )
+            continue
+        with pytest.raises(RuntimeError) as caught:
+            kvcore.lexico_seal(*store[:2], v_atoms=60)
+        assert str(caught.value) == (
+            "lexico_seal: v_tail must be codes of distinct atoms, got more than 65535 pairs of one"
+        )
+
+
 def arguments_of(op):
     k_tail, v_tail = full_tails()
     if op == "seal":

@@ -61,6 +61,7 @@ constexpr int64_t tile_width(int64_t bytes) {
 
 // Offsets inside a sealed block of V with so many pairs.
 constexpr int64_t kBlockCounts = 2 * kBlockTokens;
+constexpr int kMaxAtomPairs = 0xffff;  // of an atom in a block, whose counts are uint16
 constexpr int64_t block_token_ids(int64_t atoms) { return kBlockCounts + 2 * atoms; }
 constexpr int64_t block_coefficients(int64_t atoms, int64_t pairs) {
   return block_token_ids(atoms) + 2 * pairs;

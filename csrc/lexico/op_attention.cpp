@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor> lexico_attention(
   const int64_t buffer_len = k_buffer && k_buffer->dim() == 4 ? k_buffer->size(2) : 0;
   InputView k_view = {}, v_view = {};
   if (k_buffer) {
-    KV_CHECK_SHAPE(kOp, *k_buffer, batch, kv_heads, buffer_len, head_dim);
+    KV_CHECK_SHAPE(kOp, *k_buffer, batch, kv_heads, kAnySize, head_dim);
     KV_CHECK_SHAPE(kOp, *v_buffer, batch, kv_heads, buffer_len, head_dim);
     KV_CHECK_SAME_DTYPE(kOp, *k_buffer, q);
     KV_CHECK_SAME_DTYPE(kOp, *v_buffer, q);

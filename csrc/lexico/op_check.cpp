@@ -22,6 +22,9 @@ CoefficientType check_codes(const char* op, const char* indices_name, const Tens
                indices);
   KV_CHECK(sparsity >= 1 && sparsity <= kMaxSparsity, op, indices_name,
            "of 1 to " + std::to_string(kMaxSparsity) + " atoms a vector", sparsity);
+  KV_CHECK(binding::shape_matches(coefficients, {batch, heads, tokens, sparsity}), op,
+           coefficients_name, binding::format_shape({batch, heads, tokens, sparsity}),
+           binding::format_shape(coefficients));
   const ScalarType dtype = coefficients.scalar_type();
   KV_CHECK(
       dtype == ScalarType::Char || dtype == ScalarType::Float8_e4m3fn || dtype == ScalarType::Float,

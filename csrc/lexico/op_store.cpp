@@ -44,6 +44,15 @@ void lexico_append(const Tensor& k_indices, const Tensor& k_coefficients, const 
                   k_tail, num_new, k_sparsity);
   check_new_codes(kOp, "v_indices", v_indices, "v_coefficients", v_coefficients, "v_scale", v_scale,
                   k_tail, num_new, v_sparsity);
+  check_tensor(kOp, "tail_lens", tail_lens, ScalarType::Int, {batch}, k_tail);
+  // Before lengths are read that may be the bytes of something else.
+  binding::check_disjoint(kOp, {{"k_tail", k_tail}, {"v_tail", v_tail}, {"tail_lens", tail_lens}},
+                          {{"k_indices", k_indices},
+                           {"k_coefficients", k_coefficients},
+                           {"k_scale", k_scale},
+                           {"v_indices", v_indices},
+                           {"v_coefficients", v_coefficients},
+                           {"v_scale", v_scale}});
   const int64_t k_tiles = k_tail.size(2), v_tiles = v_tail.size(2);
   const int64_t capacity = std::min<int64_t>({k_tiles, v_tiles, kBlockTiles}) * kTileTokens;
   const HostValues<> lens =
@@ -54,13 +63,6 @@ void lexico_append(const Tensor& k_indices, const Tensor& k_coefficients, const 
                  std::to_string(b),
              num_new);
   }
-  binding::check_disjoint(kOp, {{"k_tail", k_tail}, {"v_tail", v_tail}, {"tail_lens", tail_lens}},
-                          {{"k_indices", k_indices},
-                           {"k_coefficients", k_coefficients},
-                           {"k_scale", k_scale},
-                           {"v_indices", v_indices},
-                           {"v_coefficients", v_coefficients},
-                           {"v_scale", v_scale}});
   if (num_new == 0 || batch == 0) return;
   backend::append({.k_indices = data<int16_t>(k_indices),
                    .v_indices = data<int16_t>(v_indices),

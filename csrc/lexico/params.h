@@ -118,6 +118,7 @@ void encode(const EncodeParams& params);
 void reconstruct(const ReconstructParams& params);
 void append(const AppendParams& params);
 SealSizes seal_sizes(const SealParams& params);
+/// Throws on the CPU if the codes of a head have one atom more than kMaxAtomPairs times.
 void seal(const SealParams& params);
 /// Throws on the CPU if a block is not one that seal makes.
 void unseal(const UnsealParams& params);

@@ -115,7 +115,7 @@ void attention(const AttentionParams& p) {
   const auto table_memory = make_scratch<float>({work.wave * work.width * p.k_atoms + kSlack});
   const auto atom_memory = make_scratch<float>({num_partials * work.width * p.v_atoms + kSlack});
   const auto value_memory = make_scratch<float>({num_partials, work.width, p.head_dim});
-  const auto score_memory = make_scratch<float>({workers * score_rows * work.width + kSlack});
+  const auto score_memory = make_scratch<float>({workers, score_rows + kSlack, work.width});
   const auto units = make_scratch<Unit>({work.wave});
   const auto partials = make_scratch<Partial>({num_partials});
   float* const tables = align(table_memory.get());

@@ -3,6 +3,37 @@
 #include "lexico/cpu/attention_segment.h"
 
 namespace kvcore::lexico::KVCORE_ISA {
+namespace {
+
+/// out [width, head_dim] += weights [count, width] transposed times atoms [count, head_dim].
+void add_atoms(const float* atoms, const float* weights, int count, int width, int head_dim,
+               float* out) {
+  constexpr int kRows = 4;
+  for (int r = 0; r < width; r += kRows) {
+    for (int c = 0; c < head_dim; c += 2 * kLanes) {
+      F32 sums[kRows][2];
+      for (int i = 0; i < kRows; ++i) {
+        sums[i][0] = load(out + (r + i) * head_dim + c);
+        sums[i][1] = load(out + (r + i) * head_dim + c + kLanes);
+      }
+      for (int n = 0; n < count; ++n) {
+        const F32 first = load(atoms + n * head_dim + c);
+        const F32 second = load(atoms + n * head_dim + c + kLanes);
+        for (int i = 0; i < kRows; ++i) {
+          const F32 weight = splat(weights[n * width + r + i]);
+          sums[i][0] = fma(weight, first, sums[i][0]);
+          sums[i][1] = fma(weight, second, sums[i][1]);
+        }
+      }
+      for (int i = 0; i < kRows; ++i) {
+        store(out + (r + i) * head_dim + c, sums[i][0]);
+        store(out + (r + i) * head_dim + c + kLanes, sums[i][1]);
+      }
+    }
+  }
+}
+
+}  // namespace
 
 void load_queries_kernel(const AttentionParams& p, const Unit& unit, int width, int64_t lane,
                          int64_t lanes, float* queries) {

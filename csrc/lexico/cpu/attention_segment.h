@@ -19,34 +19,6 @@ struct SegmentInput {
   float* scores;  // [tokens, width]
 };
 
-/// out [width, head_dim] += weights [count, width] transposed times atoms [count, head_dim].
-inline void add_atoms(const float* atoms, const float* weights, int count, int width, int head_dim,
-                      float* out) {
-  constexpr int kRows = 4;
-  for (int r = 0; r < width; r += kRows) {
-    for (int c = 0; c < head_dim; c += 2 * kLanes) {
-      F32 sums[kRows][2];
-      for (int i = 0; i < kRows; ++i) {
-        sums[i][0] = load(out + (r + i) * head_dim + c);
-        sums[i][1] = load(out + (r + i) * head_dim + c + kLanes);
-      }
-      for (int n = 0; n < count; ++n) {
-        const F32 first = load(atoms + n * head_dim + c);
-        const F32 second = load(atoms + n * head_dim + c + kLanes);
-        for (int i = 0; i < kRows; ++i) {
-          const F32 weight = splat(weights[n * width + r + i]);
-          sums[i][0] = fma(weight, first, sums[i][0]);
-          sums[i][1] = fma(weight, second, sums[i][1]);
-        }
-      }
-      for (int i = 0; i < kRows; ++i) {
-        store(out + (r + i) * head_dim + c, sums[i][0]);
-        store(out + (r + i) * head_dim + c + kLanes, sums[i][1]);
-      }
-    }
-  }
-}
-
 /// int8 coefficients to fp32, kLanes at a time.
 inline void widen_coefficients(const int8_t* in, int count, float* out) {
   int i = 0;
@@ -144,7 +116,9 @@ struct SegmentPass {
     widen_coefficients(tile.coefficients, static_cast<int>(tile.width) * kTileTokens, coefficients);
     float scale[kTileTokens];
     for (int lane = 0; lane < kTileTokens; lane += kLanes) {
-      store(scale + lane, load(reinterpret_cast<const Half*>(tile.scale) + lane));
+      // A scale of +-inf becomes NaN: a score of -inf would pass for that of a masked key.
+      const F32 factor = load(reinterpret_cast<const Half*>(tile.scale) + lane);
+      store(scale + lane, fma(factor, splat(0.0f), factor));
     }
     for (int lane = 0; lane < kTileTokens; lane += kTokens) {
       Row sums[kTokens];
@@ -191,6 +165,8 @@ struct SegmentPass {
     const int head_dim = static_cast<int>(in.p.head_dim);
     for (int64_t token = range.begin; token < range.end; ++token) {
       widen_row(in.p.k_buffer, in.unit.batch_idx, in.unit.kv_head, token, head_dim, key);
+      F32 zeros = splat(0.0f);
+      for (int c = 0; c < head_dim; c += kLanes) zeros = fma(load(key + c), splat(0.0f), zeros);
       // Four sums, since each waits for the sum before it.
       Row sums[4] = {};
       for (int i = 0; i < head_dim; i += 4) {
@@ -198,7 +174,9 @@ struct SegmentPass {
           sums[k] += *reinterpret_cast<const Row*>(in.queries + (i + k) * in.lanes) * key[i + k];
         }
       }
-      row(in.scores, token) = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      // NaN for a key that is not finite, whose score might be -inf.
+      const float poison = reduce_add(zeros);
+      row(in.scores, token) = (sums[0] + sums[1]) + (sums[2] + sums[3]) + poison;
     }
   }
 
@@ -271,12 +249,13 @@ struct SegmentPass {
     }
   }
 
-  /// Multiplies weights by the values' scales. A scale of NaN poisons the rows that see its token.
+  /// Multiplies weights by the values' scales. One that is not finite poisons the rows that see its
+  /// token, and no others: 0 in its place, since 0 * inf is NaN.
   static void scale_weights(const SegmentInput& in, int64_t token, const uint16_t* scale,
                             Partial& partial) {
     for (int lane = 0; lane < kTileTokens; ++lane) {
       float factor = widen(Half{scale[lane]});
-      if (factor != factor) {
+      if (factor * 0.0f != 0.0f) {
         factor = 0;
         for (int r = 0; r < in.unit.num_rows; ++r) {
           const int64_t key = in.segment.first_key + token + lane;

@@ -63,8 +63,9 @@ void seal_k(const uint8_t* tail, int64_t sparsity, uint8_t* block) {
   }
 }
 
+/// False if an atom has more pairs than a block can count: 4096 codes of distinct atoms have not.
 /// `next` [atoms] is working memory.
-void seal_v(const uint8_t* tail, int64_t sparsity, int64_t atoms, uint8_t* block, int64_t* next) {
+bool seal_v(const uint8_t* tail, int64_t sparsity, int64_t atoms, uint8_t* block, int64_t* next) {
   uint16_t* const counts = reinterpret_cast<uint16_t*>(block + kBlockCounts);
   const auto each_pair = [&](const auto& f) {
     for (int64_t token = 0; token < kBlockTokens; ++token) {
@@ -82,6 +83,7 @@ void seal_v(const uint8_t* tail, int64_t sparsity, int64_t atoms, uint8_t* block
   each_pair([&](int64_t, int64_t atom, int8_t) { ++next[atom]; });
   int64_t pairs = 0;
   for (int64_t n = 0; n < atoms; ++n) {
+    if (next[n] > kMaxAtomPairs) return false;
     counts[n] = static_cast<uint16_t>(next[n]);
     const int64_t first = pairs;
     pairs += next[n];
@@ -94,6 +96,7 @@ void seal_v(const uint8_t* tail, int64_t sparsity, int64_t atoms, uint8_t* block
     coefficients[next[atom]] = coefficient;
     ++next[atom];
   });
+  return true;
 }
 
 /// False if the block is not one that seal_k makes with that sparsity.
@@ -186,12 +189,19 @@ SealSizes seal_sizes(const SealParams& p) {
 void seal(const SealParams& p) {
   const int64_t heads = p.batch * p.kv_heads;
   const auto next = make_scratch<int64_t>({max_workers(heads), p.v_atoms});
+  std::atomic<bool> distinct{true};
   parallel_tasks(heads, [&](int64_t head, int64_t worker) {
     seal_k(p.k_tail + head * kBlockTiles * tile_bytes(p.k_sparsity), p.k_sparsity,
            p.k_block + head * p.k_bytes);
-    seal_v(p.v_tail + head * kBlockTiles * tile_bytes(p.v_sparsity), p.v_sparsity, p.v_atoms,
-           p.v_block + head * p.v_bytes, &next[worker * p.v_atoms]);
+    if (!seal_v(p.v_tail + head * kBlockTiles * tile_bytes(p.v_sparsity), p.v_sparsity, p.v_atoms,
+                p.v_block + head * p.v_bytes, &next[worker * p.v_atoms])) {
+      distinct = false;
+    }
   });
+  if (!distinct) {
+    throw std::runtime_error("lexico_seal: v_tail must be codes of distinct atoms, got more than " +
+                             std::to_string(kMaxAtomPairs) + " pairs of one");
+  }
 }
 
 void unseal(const UnsealParams& p) {

@@ -39,7 +39,7 @@ void seal(const SealParams& p) {
   const cudaStream_t stream = current_stream();
   launch(seal_k_kernel, grid_of(heads), kSealThreads, sizeof(KBlockTiles), stream, p);
   launch(seal_v_kernel, grid_of(heads * ranges), kSealThreads, SealVSmem::bytes(p.v_sparsity),
-         stream, p, ranges);
+         stream, p, ranges, error_flags());
 }
 
 }  // namespace kvcore::lexico::backend

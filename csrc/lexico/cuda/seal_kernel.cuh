@@ -2,6 +2,7 @@
 // tails are read several times (from L2) rather than sorted once.
 #pragma once
 
+#include "core/cuda/error_flags.cuh"
 #include "core/cuda/reduce.cuh"
 #include "core/cuda/scan.cuh"
 #include "lexico/cuda/sealed.cuh"
@@ -114,7 +115,7 @@ static_assert(sizeof(SealVSmem) + sizeof(uint32_t) * kSealTokens * kMaxSparsity 
 /// atoms say where its own go. Then the pairs of its atoms come into shared memory in the order of
 /// tokens, some tiles at a time, and the thread of an atom takes them from there: a stable sort.
 __global__ void __launch_bounds__(kSealThreads)
-    seal_v_kernel(const __grid_constant__ SealParams p, int ranges) {
+    seal_v_kernel(const __grid_constant__ SealParams p, int ranges, uint32_t* error_flags) {
   SealVSmem& smem = *reinterpret_cast<SealVSmem*>(dynamic_smem());
   const int64_t head = blockIdx.x / ranges;
   const int first_atom = static_cast<int>(blockIdx.x % ranges) * kSealAtoms;
@@ -140,6 +141,8 @@ __global__ void __launch_bounds__(kSealThreads)
   int total;
   const int count = smem.counts[thread];
   int next = before + block_exclusive_sum<kSealThreads>(count, smem.scratch, total);
+  // Only codes that name an atom more than once have so many of it.
+  if (count > kMaxAtomPairs) report_error(error_flags, kErrorCodes);
   if (first_atom + thread < p.v_atoms) {
     reinterpret_cast<uint16_t*>(block + kBlockCounts)[first_atom + thread] =
         static_cast<uint16_t>(count);

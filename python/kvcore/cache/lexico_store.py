@@ -87,9 +87,12 @@ class LexicoStore:
         self._most_coded = 0
         self._adopt(codes, buffer, buffer_len, padding)
 
-    def _adopt(self, codes: Codes, buffer: Tensor, buffer_len: int, padding: np.ndarray) -> None:
+    def _adopt(self, codes: Codes, buffer: Tensor, buffer_len: int, padding: np.ndarray) -> Context:
+        """Becomes a store of these; what attention reads of it. What fails has not happened."""
         num_tokens = codes.num_tokens + buffer_len
         left_padding = left_padding_tensor(padding, buffer.device)
+        may_have_empty = bool((padding == num_tokens).any())
+        context = Context(codes, buffer[:, :, :, :buffer_len], left_padding, self.pair)
         # Nothing fails from here on.
         self.codes = codes
         self.buffer = buffer  # [2, batch, kv_heads, capacity, head_dim]
@@ -99,7 +102,8 @@ class LexicoStore:
         self.left_padding = left_padding
         # Asked in every step, so kept as plain values.
         self.is_padded = left_padding is not None
-        self.may_have_empty = bool((padding == num_tokens).any())
+        self.may_have_empty = may_have_empty
+        return context
 
     @classmethod
     def empty(
@@ -186,8 +190,8 @@ class LexicoStore:
                 # Behind what the store and its contexts see of the buffer.
                 buffer[0, :, :, buffer_len - num_new : buffer_len] = k
                 buffer[1, :, :, buffer_len - num_new : buffer_len] = v
-            self._adopt(codes, buffer, buffer_len, padding)
-        return seen or self.context()
+            context = self._adopt(codes, buffer, buffer_len, padding)
+        return seen or context
 
     def _leave_inference_mode(self) -> None:
         """A copy of the store that was made there has tensors that cannot be changed elsewhere."""

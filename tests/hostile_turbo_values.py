@@ -1,4 +1,4 @@
-"""What ops must reject inside tensors: indices, pools, memory that is shared, sizes."""
+"""What the ops of turbo must reject inside tensors: indices, pools, memory, sizes."""
 
 import itertools
 import math
@@ -9,25 +9,20 @@ from torch import Tensor
 
 import cases
 from hostile_calls import (
-    BLOCK,
-    CALIBRATION,
     INT_MAX,
     INT_MIN,
-    PAGES,
-    STORE_OPS,
+    NO_MEMORY,
     Arguments,
-    D,
-    H,
     Spoiled,
     element,
+    huge,
+    plain,
     put,
-    sample,
 )
+from hostile_turbo import BLOCK, PAGES, STORE_OPS, TURBO, D, H
 
 ROWS = f"[*, {BLOCK}], [*, 2240] or [*, 1216]"
 LONGEST = 64 * (PAGES + 1) - 1
-# What the std::bad_alloc of an op becomes.
-NO_MEMORY = RuntimeError if torch.__version__ >= (2, 15) else MemoryError
 
 
 def of_indices() -> Iterator[Spoiled]:
@@ -57,7 +52,7 @@ def of_indices() -> Iterator[Spoiled]:
         "decode": ((0, 0), (0, 1), (1, 0)),
     }
     # pool[0] is of 8 bit, pool[1] of 4 bit; there is no pool[2].
-    beyond = [len(slab) + (i << 21) for i, slab in enumerate(sample("decode")["pool"])]
+    beyond = [len(slab) + (i << 21) for i, slab in enumerate(TURBO.sample("decode")["pool"])]
     for op, pages in looked_at.items():
         for (b, page), kv, head in itertools.product(pages, range(2), range(H)):
             for value in (-1, INT_MIN, *beyond, 2 << 21, INT_MAX):
@@ -71,7 +66,7 @@ def of_indices() -> Iterator[Spoiled]:
         def twice(args: Arguments, a=a, b=b) -> None:
             args["block_table"][a] = args["block_table"][b]
 
-        entry = int(sample("append")["block_table"][b])
+        entry = int(TURBO.sample("append")["block_table"][b])
         text = "block_table must be distinct entries for the pages that become full, got "
         yield Spoiled("append", f"block_table-{a}=={b}", twice, f"{text}{entry} twice")
 
@@ -134,7 +129,7 @@ def of_pools() -> Iterator[Spoiled]:
         for label, pool, text in pools:
             yield Spoiled(op, f"pool-{label}", put("pool", pool), text)
     for op, index in (("append", (0, 0, 0, 2)), ("decode", (0, 0, 0, 0)), ("rewind", (0, 0, 0, 0))):
-        entry = int(sample(op)["block_table"][index])
+        entry = int(TURBO.sample(op)["block_table"][index])
         text = f"block_table{list(index)} must be the entry of a block of pool, got {entry}"
         yield Spoiled(op, "pool-empty", put("pool", []), text)
 
@@ -142,51 +137,8 @@ def of_pools() -> Iterator[Spoiled]:
 # ---- Memory
 
 
-def shared(a: str, b: str):
-    """Arguments a and b in the same memory, from the same byte on, with the bytes of b."""
-
-    def spoil(args: Arguments) -> None:
-        x, y = (args["pool"][0] if n == "pool[0]" else args[n] for n in (a, b))
-        memory = torch.zeros(max(x.nbytes, y.nbytes), dtype=torch.uint8)
-        for name, z in ((a, x), (b, y)):
-            view = memory[: z.nbytes].view(z.dtype).view(z.shape)
-            view.copy_(z)
-            if name == "pool[0]":
-                args["pool"][0] = view
-            else:
-                args[name] = view
-
-    return spoil
-
-
-def of_shared_memory() -> Iterator[Spoiled]:
-    """What an op writes, in the memory of anything else."""
-    orders = {
-        "append": (
-            "pool[0]",
-            "block_table",
-            "tail",
-            "tail_scale",
-            "clamp_count",
-            "seq_lens",
-            "k",
-            "v",
-            *CALIBRATION,
-            "left_padding",
-        ),
-        "rewind": ("pool[0]", "block_table", "tail", "seq_lens", "new_lens"),
-    }
-    written = {
-        "append": ("pool[0]", "tail", "tail_scale", "clamp_count", "seq_lens"),
-        "rewind": ("tail", "seq_lens"),
-    }
-    for op, order in orders.items():
-        for a, b in itertools.combinations(order, 2):
-            if not {a, b} & set(written[op]):
-                continue
-            first, other = (a, b) if a in written[op] else (b, a)
-            text = f"{first} must be in memory of its own, got that of {other}"
-            yield Spoiled(op, f"{a}-in-{b}", shared(a, b), text)
+def of_overlapping_memory() -> Iterator[Spoiled]:
+    """Slabs that share a block, and the tail between two tokens of k."""
 
     def overlap(args: Arguments) -> None:
         rows = len(args["pool"][1])
@@ -218,21 +170,6 @@ def of_shared_memory() -> Iterator[Spoiled]:
 
 
 # ---- Sizes that no memory holds
-
-
-def huge(*shape: int) -> Tensor:
-    """A tensor of any size that takes the memory of one element."""
-    return torch.zeros(()).expand(shape)
-
-
-def plain(**tensors: Tensor):
-    def spoil(args: Arguments) -> None:
-        for name in args:
-            if name not in tensors:
-                args[name] = None
-        args.update(tensors)
-
-    return spoil
 
 
 # An attention whose scratch memory, 2 * pages * 4160 bytes, is 2^64 and a little.
