@@ -11,5 +11,9 @@ __device__ __forceinline__ int recompute(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+__device__ __forceinline__ unsigned recompute(unsigned x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 }  // namespace kvcore

@@ -36,13 +36,14 @@ struct StateTask {
   int k_dim, num_columns;   // of v, from the CTA's first channel on
 };
 
-/// A thread of the CTA.
+/// This thread. Made anew in each step, for the sake of registers: what follows from it, dozens of
+/// addresses, would else be computed once for all chunks, and kept.
 struct ThreadIndex {
-  int thread;
+  unsigned thread = recompute(threadIdx.x);
 
-  __device__ int lane() const { return thread % kWarpSize; }
+  __device__ int lane() const { return static_cast<int>(thread % kWarpSize); }
   /// The warp's first value channel, of the CTA's.
-  __device__ int column() const { return thread / kWarpSize * kWarpColumns; }
+  __device__ int column() const { return static_cast<int>(thread / kWarpSize * kWarpColumns); }
 };
 
 template <class Operand>
@@ -51,9 +52,6 @@ struct StateSmem {
   alignas(1024) uint8_t slots[kStateSlots][2][kPanelBytes];
   SolveTiles<Operand> tiles;
   StateTask<T> task;
-  // What every thread knows. Read again in each step, for the sake of registers: what follows from
-  // it, dozens of addresses, would else be computed once for all chunks, and kept.
-  ThreadIndex threads[kStateThreads];
 };
 
 /// The task of a CTA of the grid.
@@ -94,7 +92,7 @@ class StepQueue {
  public:
   using T = typename Operand::Element;
 
-  /// Task and threads lie there already.
+  /// The task lies there already.
   __device__ explicit StepQueue(StateSmem<Operand>& smem) : smem_(smem) {
     begin_next();
     begin_next();
@@ -113,10 +111,12 @@ class StepQueue {
   }
   /// The step's panels, if it has any: copies are two slots ahead, and point to the next.
   __device__ const uint8_t* panels() const { return smem_.slots[copy_slot_][0]; }
+  /// The place of the panels of a step that has none: free until the next step.
+  __device__ uint8_t* spare() { return smem_.slots[copy_slot_][0]; }
 
  private:
   __device__ ThreadIndex begin_next() {
-    const ThreadIndex index = smem_.threads[threadIdx.x];
+    const ThreadIndex index;
     const StateTask<T>& task = smem_.task;
     const int64_t done = int64_t{chunk_} * kChunk;
     if (done < task.length) {
@@ -124,12 +124,13 @@ class StepQueue {
       // Reading: a panel of k and one of q. Then the solve. Writing: two panels of k.
       const int last = num_panels(), write = step_ - last - 1;
       if (write == -1) {
-        copy_solve(index.thread, task, done, num_tokens);
+        copy_solve(static_cast<int>(index.thread), task, done, num_tokens);
       } else {
         uint8_t (*const slot)[kPanelBytes] = smem_.slots[copy_slot_];
         const int first = write < 0 ? step_ : 2 * write, second = write < 0 ? first : first + 1;
         const auto copy = [&](uint8_t* panel, const TokenSource<T>& source, int panel_idx) {
-          copy_panel<kStateThreads>(index.thread, panel, source.rows(done, num_tokens, task.k_dim),
+          copy_panel<kStateThreads>(static_cast<int>(index.thread), panel,
+                                    source.rows(done, num_tokens, task.k_dim),
                                     panel_idx * Operand::kPanelChannels);
         };
         copy(slot[0], task.k, first);
@@ -193,6 +194,8 @@ template <class Operand, int kMaxDim>
 __global__ void __launch_bounds__(kStateThreads)
     chunk_state_kernel(const __grid_constant__ ScanArgs args) {
   static_assert(sizeof(StateSmem<Operand>) <= kPortableSmemBytes);
+  static_assert(kTokenTiles * kStateThreads * sizeof(float4) <=
+                sizeof(StateSmem<Operand>::slots[0]));
   constexpr int kPanels = kMaxDim / Operand::kPanelChannels;
   if (!args.table.valid()) return;
   const ChunkScanParams& p = args.p;
@@ -201,11 +204,10 @@ __global__ void __launch_bounds__(kStateThreads)
     smem.task = state_task<typename Operand::Element>(args);
     smem.tiles.one = 1.0f;
   }
-  smem.threads[threadIdx.x] = {static_cast<int>(threadIdx.x)};
   __syncthreads();
   const auto& task = smem.task;
   const int k_dim = static_cast<int>(p.sizes.k_dim), v_dim = static_cast<int>(p.sizes.v_dim);
-  const ThreadIndex first = smem.threads[threadIdx.x];
+  const ThreadIndex first;
   const bool has_columns = first.column() < task.num_columns;
 
   StateWarp<Operand, kMaxDim> state;
@@ -218,31 +220,35 @@ __global__ void __launch_bounds__(kStateThreads)
   const int num_panels = steps.num_panels();
   for (int64_t done = 0; done < task.length; done += kChunk) {
     state.begin_chunk();
-    for_each_panel<kPanels>([&](auto panel) {
-      if (panel() >= num_panels) return;
+    // One loop for all steps: the code that begins their copies stands here once, not for each.
+#pragma unroll 1
+    for (int step = 0; step < num_panels + 1 + (num_panels + 1) / 2; ++step) {
       const ThreadIndex own = steps.next();
-      const uint8_t* const k = steps.panels();
-      if (has_columns) state.template read<panel()>(own.lane(), k, k + kPanelBytes, k_dim);
-    });
-    const ThreadIndex own = steps.next();
-    if (has_columns) {
-      state.solve(own.lane(), smem.tiles, own.column());
-      state.store_out(own.lane(), smem.tiles, own.column(), p.out,
-                      task.out + done * task.out_stride, task.out_stride, task.length - done);
-      state.decay_state();
-    }
-    for_each_panel<(kPanels + 1) / 2>([&](auto pair) {
-      if (2 * pair() >= num_panels) return;
-      const ThreadIndex own = steps.next();
-      if (has_columns) {
-        state.template write<2 * pair()>(own.lane(), smem.tiles, steps.panels(), k_dim);
+      if (!has_columns) continue;
+      if (step < num_panels) {
+        for_each_panel<kPanels>([&](auto panel) {
+          if (panel() != step) return;
+          const uint8_t* const k = steps.panels();
+          state.template read<panel()>(own.lane(), k, k + kPanelBytes, k_dim);
+        });
+      } else if (step == num_panels) {
+        state.solve(own.lane(), smem.tiles, own.column(),
+                    reinterpret_cast<float4*>(steps.spare()) + own.thread);
+        state.store_out(own.lane(), smem.tiles, own.column(), p.out,
+                        task.out + done * task.out_stride, task.out_stride, task.length - done);
+        state.decay_state();
+      } else {
+        for_each_panel<(kPanels + 1) / 2>([&](auto pair) {
+          if (pair() != step - num_panels - 1) return;
+          state.template write<2 * pair()>(own.lane(), smem.tiles, steps.panels(), k_dim);
+        });
       }
-    });
+    }
   }
   cp_async_wait<0>();
   __syncthreads();
   if (has_columns) {
-    const ThreadIndex last = smem.threads[threadIdx.x];
+    const ThreadIndex last;
     state.store_state(last.lane(), p.final_state + task.state, p.state_v_first, k_dim, v_dim,
                       v_dim - task.num_columns + last.column());
   }

@@ -79,8 +79,9 @@ class StateWarp {
     }
   }
 
-  /// W, U and out; then U is ready to be written to the state, whose decay is applied.
-  __device__ void solve(int lane_idx, SolveTiles<Operand>& tiles, int column) {
+  /// W, U and out, which takes the place of the warp's values; then U is ready to be written to the
+  /// state. `parked` is the thread's of kTokenTiles places, kStateThreads apart, in shared memory.
+  __device__ void solve(int lane_idx, SolveTiles<Operand>& tiles, int column, float4* parked) {
     const ChunkRecord& record = tiles.record;
 #pragma unroll
     for (int pair = 0; pair < kTokenTiles / 2; ++pair) {
@@ -97,20 +98,16 @@ class StateWarp {
           w_[tile][e] = __fmaf_rn(record.read[token], w_[tile][e], v[i][e]);
           out_[tile][e] *= record.out[token];
         }
+        if constexpr (kParksOut) {
+          const Tile& out = out_[tile];
+          parked[tile * kStateThreads] = make_float4(out[0], out[1], out[2], out[3]);
+        }
       }
     }
     // U in the place of W: later tokens first, since they need the W of earlier ones.
     solve_tiles<kTokenTiles - kSolveTiles>(lane_idx, tiles);
-    renew(tiles, kTokenTiles);
-#pragma unroll
-    for (int j = 0; j < kTokenTiles; ++j) {
-      hold_loads();
-      const Tf32A<Operand::kSolveParts> a(w_[j]);
-#pragma unroll
-      for (int pair = j / 2; pair < kTokenTiles / 2; ++pair) {
-        multiply_triangle(lane_idx, out_ + 2 * pair, a, record.p, pair, j);
-      }
-    }
+    __syncwarp();  // all lanes have their values
+    finish_out<0>(lane_idx, tiles, column, parked);
 #pragma unroll
     for (int tile = 0; tile < kTokenTiles; ++tile) {
       hold_loads();
@@ -123,20 +120,10 @@ class StateWarp {
     decay_ = record.decay;
   }
 
-  /// Out of the chunk's first num_tokens tokens, through the place of the warp's values.
+  /// Out of the chunk's first num_tokens tokens, from the place of the warp's values.
   __device__ void store_out(int lane_idx, SolveTiles<Operand>& tiles, int column,
                             const OutputView& out, int64_t first, int64_t token_stride,
                             int64_t num_tokens) const {
-    const LaneIndex lane(lane_idx);
-    __syncwarp();
-#pragma unroll
-    for (int tile = 0; tile < kTokenTiles; ++tile) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int token = kTileTokens * tile + tf32_column(lane, e);
-        value_at(tiles, token, column + lane.g + e / 2 * 8) = from_float<T>(out_[tile][e]);
-      }
-    }
     __syncwarp();
     constexpr int kUnits = kWarpColumns * static_cast<int>(sizeof(T)) / kUnitBytes;
     constexpr int kElements = kUnitBytes / static_cast<int>(sizeof(T));
@@ -182,8 +169,12 @@ class StateWarp {
   }
 
  private:
-  // Sums of U at once: independent chains of products, as many as registers are left for.
-  static constexpr int kSolveTiles = kMaxDim > 128 ? 2 : 4;
+  // With more than 128 key channels the state leaves no registers for both W and out: while U is
+  // computed out lies in shared memory, from where a half of it comes at once.
+  static constexpr bool kParksOut = kMaxDim > 128;
+  static constexpr int kOutTiles = kParksOut ? kTokenTiles / 2 : kTokenTiles;
+  // Sums of U at once: independent chains of products.
+  static constexpr int kSolveTiles = 4;
 
   /// Loads that follow do not move up before it. Where registers are scarce, the compiler would
   /// fill them with operands of later products, and spill others.
@@ -191,8 +182,8 @@ class StateWarp {
     if constexpr (kMaxDim > 128 || Operand::kSolveParts == 2) __syncwarp();
   }
 
-  /// The first tiles of w_, times a one of which the compiler does not know. With 256 channels it
-  /// would otherwise keep the parts of tiles that are operands more than once, and spill others.
+  /// The first tiles of w_, times a one of which the compiler does not know. It would otherwise
+  /// keep the parts of tiles that are operands more than once, and spill others.
   __device__ __forceinline__ void renew(const SolveTiles<Operand>& tiles, int count) {
     if constexpr (kMaxDim > 128 && Operand::kSolveParts == 2) {
       const float one = tiles.one;
@@ -248,6 +239,46 @@ class StateWarp {
       for (int e = 0; e < 4; ++e) w_[kFirst + i][e] = sum[i][e];
     }
     if constexpr (kFirst > 0) solve_tiles<kFirst - kSolveTiles>(lane, tiles);
+  }
+
+  /// Tiles [kFirst, kFirst + kOutTiles) of out += P U, to the place of the values, and those
+  /// behind.
+  template <int kFirst>
+  __device__ __forceinline__ void finish_out(int lane_idx, SolveTiles<Operand>& tiles, int column,
+                                             const float4* parked) {
+    renew(tiles, kFirst + kOutTiles);
+    if constexpr (kParksOut) {
+#pragma unroll
+      for (int tile = kFirst; tile < kFirst + kOutTiles; ++tile) {
+        const float4 x = parked[tile * kStateThreads];
+        out_[tile][0] = x.x;
+        out_[tile][1] = x.y;
+        out_[tile][2] = x.z;
+        out_[tile][3] = x.w;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kFirst + kOutTiles; ++j) {
+      hold_loads();
+      const Tf32A<Operand::kSolveParts> a(w_[j]);
+#pragma unroll
+      for (int i = 0; i < kOutTiles; i += 2) {
+        if (kFirst + i + 1 < j) continue;
+        multiply_triangle(lane_idx, out_ + kFirst + i, a, tiles.record.p, (kFirst + i) / 2, j);
+      }
+    }
+    const LaneIndex lane(lane_idx);
+#pragma unroll
+    for (int tile = kFirst; tile < kFirst + kOutTiles; ++tile) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int token = kTileTokens * tile + tf32_column(lane, e);
+        value_at(tiles, token, column + lane.g + e / 2 * 8) = from_float<T>(out_[tile][e]);
+      }
+    }
+    if constexpr (kFirst + kOutTiles < kTokenTiles) {
+      finish_out<kFirst + kOutTiles>(lane_idx, tiles, column, parked);
+    }
   }
 
   /// A value channel of the CTA's, of a token.
