@@ -68,6 +68,18 @@ def test_stepwise_matches_one_forward_pass(model, chunk):
     torch.testing.assert_close(scores, whole[:, 40:-1], rtol=0, atol=2e-4)
 
 
+def test_stepwise_without_a_context(model):
+    """Every token but the first is predicted, and the first is fed alone."""
+    tokens, steps = _tokens(batch=1), []
+    with torch.no_grad():
+        whole = torch.log_softmax(model(tokens, use_cache=False).logits, -1)
+    scores = kv_eval.stepwise_scores(
+        model, _dynamic(model), tokens, context_len=0, chunk=16, on_step=steps.append
+    )
+    torch.testing.assert_close(scores, whole[:, :-1], rtol=0, atol=2e-4)
+    assert (steps[0], sum(steps)) == (1, 89)
+
+
 @pytest.mark.parametrize("begin", [1, 40, 63, 64, 127])
 @pytest.mark.parametrize("chunk", [1, 16, 63, 64, 200])
 def test_steps(begin, chunk):
@@ -117,8 +129,8 @@ def test_stepwise_reads_the_cache(model):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"context_len": 0}, r"context_len must lie in \[1, 88\] for 90 tokens, got 0"),
-        ({"context_len": 89}, r"context_len must lie in \[1, 88\] for 90 tokens, got 89"),
+        ({"context_len": -1}, r"context_len must lie in \[0, 88\] for 90 tokens, got -1"),
+        ({"context_len": 89}, r"context_len must lie in \[0, 88\] for 90 tokens, got 89"),
         ({"context_len": 40, "chunk": 0}, "chunk must be at least 1, got 0"),
         (
             {"context_len": 40, "positions": torch.tensor([39])},

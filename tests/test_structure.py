@@ -230,16 +230,18 @@ LAYERS = {
     "eval": {"eval", "hf", "cache", "ops", "reference", "_native"},
     "lexico_training": {"lexico_training", "eval", "hf", "cache", "ops"},
     "demo": {"demo", "lexico_training", "eval", "hf", "cache", "ops", "_native"},
+    "lm_harness": {"demo", "eval"},
     "doctor": {"doctor", "demo", "eval", "hf", "cache", "ops", "reference", "_native", "_C"},
 }
 # Third-party packages beside torch, by layer. Only what the demo and the evaluation need.
 THIRD_PARTY = {
-    # transformers requires numpy, safetensors and tqdm.
+    # transformers requires numpy, safetensors, tokenizers and tqdm.
     "cache": {"numpy", "safetensors", "transformers"},
     "hf": {"transformers"},
     "eval": {"matplotlib", "safetensors", "tqdm", "transformers"},
     "lexico_training": {"safetensors", "tqdm"},
-    "demo": {"matplotlib", "numpy", "safetensors", "tqdm", "transformers"},
+    "demo": {"matplotlib", "numpy", "safetensors", "tokenizers", "tqdm", "transformers"},
+    "lm_harness": {"lm_eval", "tqdm"},
     "doctor": {"transformers"},
     "cli": {"transformers", "safetensors"},
 }

@@ -484,6 +484,32 @@ def _eval_parser(commands: Any) -> None:
     parser.set_defaults(run=_eval)
 
 
+def _lm_eval(args: argparse.Namespace) -> int:
+    _need_transformers()
+    try:
+        from kvcore import lm_harness
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"this command needs lm-evaluation-harness, and there is no {error.name}; "
+            "run pip install 'kvcore[eval]'"
+        ) from error
+    _check_isa()
+    try:
+        return lm_harness.main(args.options)
+    except lm_harness.RefusedError as error:
+        raise UserError(str(error)) from error
+
+
+def _lm_eval_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "lm-eval",
+        help="run tasks of lm-evaluation-harness through a cache",
+        add_help=False,  # --help is the harness's
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_lm_eval, takes_options=True)
+
+
 def _bench(args: argparse.Namespace) -> int:
     import subprocess
 
@@ -538,6 +564,7 @@ def build_parser() -> argparse.ArgumentParser:
     _generate_parser(commands)
     _train_dictionary_parser(commands)
     _eval_parser(commands)
+    _lm_eval_parser(commands)
     _bench_parser(commands)
     return parser
 

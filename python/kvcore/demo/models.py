@@ -157,3 +157,30 @@ def decode(ids: Iterable[int]) -> str:
         symbol, first = ("k", FIRST_KEY) if token < FIRST_VALUE else ("v", FIRST_VALUE)
         parts.append(f"<{symbol}{token - first}>")
     return "".join([*parts, run.decode(errors="replace")])
+
+
+def tokenizer() -> Any:
+    """The vocabulary of both models as a tokenizer of transformers: the ids of `encode`.
+
+    Recall symbols are written `<k12>` and `<v3>`. Byte 0 is what the models are padded with, and
+    stands for the end of a text, which they have no token for.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    # The characters that stand for bytes in byte-level tokenizers: those that print for themselves.
+    printed = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    spelt = {chr(b) if b in printed else chr(next(others)): b for b in range(NUM_BYTES)}
+    end = "\0"
+    vocabulary = {end if b == 0 else character: b for character, b in spelt.items()}
+    inner = Tokenizer(BPE(vocabulary, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([AddedToken(end, normalized=False)])
+    symbols = [f"<k{i}>" for i in range(NUM_KEYS)] + [f"<v{i}>" for i in range(NUM_VALUES)]
+    inner.add_tokens([AddedToken(symbol, normalized=False) for symbol in symbols])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token=end, pad_token=end, clean_up_tokenization_spaces=False
+    )

@@ -86,7 +86,7 @@ def stepwise_scores(
             implementation that suits the cache.
         cache_factory: returns a new empty cache.
         tokens: int64 ``[batch, length]``, sequences of equal length without padding.
-        context_len: prefilled tokens, at least 1.
+        context_len: prefilled tokens; with 0 the first token is a step of its own.
         chunk: tokens per step, at most. 1 is decoding; more is faster and reads nearly the same,
             because the token that fills a page (`PAGE_TOKENS`) gets a step of its own: in a step
             with others these would read their own page at its final width, too early.
@@ -107,9 +107,9 @@ def stepwise_scores(
     if tokens.dim() != 2:
         raise ValueError(f"tokens must have shape [batch, length], got {list(tokens.shape)}")
     length = tokens.shape[1]
-    if not 1 <= context_len <= length - 2:
+    if not 0 <= context_len <= length - 2:
         raise ValueError(
-            f"context_len must lie in [1, {length - 2}] for {length} tokens, got {context_len}"
+            f"context_len must lie in [0, {length - 2}] for {length} tokens, got {context_len}"
         )
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
@@ -136,11 +136,13 @@ def stepwise_scores(
     with torch.no_grad():
         if prefilled is not None:
             fill_from_prefill(cache, prefilled)
-        else:
+        elif context_len:
             _forward(model, tokens[:, :context_len], cache, last_only=True)
             if on_step is not None:
                 on_step(tokens.shape[0] * context_len)
-        for start, stop in _steps(context_len, length - 1, chunk):
+        # What a cache is given first it may return exactly, however much it is.
+        first = [] if context_len else [(0, 1)]
+        for start, stop in [*first, *_steps(context_len or 1, length - 1, chunk)]:
             logits = _forward(model, tokens[:, start:stop], cache, last_only=False)
             logits = logits[:, keep[start:stop].to(logits.device)]
             kept.append(torch.log_softmax(logits.float(), dim=-1))
