@@ -23,8 +23,9 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
 
     On the CPU that is how much more memory was resident, to a few hundred KiB, as Linux counts it;
     None where the system does not tell. Memory that the allocator kept from before and gives again
-    is handed back to the system first.
+    is handed back to the system first. A call before that one loads code and whatever is kept.
     """
+    run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
