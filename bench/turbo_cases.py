@@ -128,7 +128,7 @@ def _prefill(tokens: int, device: torch.device) -> Case:
     return case
 
 
-def _append(kv_len: int, layers: int, device: torch.device, cold: bool = True) -> Case:
+def _append(kv_len: int, layers: int, device: torch.device) -> Case:
     """One token's K and V joins the cache of each layer.
 
     With a single layer and a cold cache torch's and Python's code is as cold as the data. In a step
@@ -154,8 +154,7 @@ def _append(kv_len: int, layers: int, device: torch.device, cold: bool = True) -
         "kvcore TurboCache": TurboCache(config),
     }
     count = "1 layer" if layers == 1 else f"{layers} layers"
-    name = f"append one token to {count} at {kv_len} tokens" + ("" if cold else ", warm")
-    case = Case(name, _shape(1, 1, kv_len), {}, cold=cold)
+    case = Case(f"append one token to {count} at {kv_len} tokens", _shape(1, 1, kv_len), {})
     case.shape["layers"] = layers
     for name, cache in caches.items():
         for layer in range(layers):
@@ -176,7 +175,6 @@ def turbo(quick: bool, device: torch.device) -> Iterator[Callable[[], Case]]:
     yield lambda: _append(4096 if quick else 32768, 1, device)
     if quick:
         return
-    yield lambda: _append(32768, 1, device, cold=False)
     yield lambda: _append(32768, 4, device)
     for kv_len in (1024, 16384, 32768, 131072):
         yield lambda kv_len=kv_len: _decode(1, 1, kv_len, device)
