@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+from memory import FromSystem
 from peers import gdn as peers
 from torch import Tensor
 
 import kvcore
 from cases import Case, Task, Variant, _checked, _relative_error
 
+TORCH = "transformers torch"
 K_HEADS, V_HEADS, HEAD_DIM, CHUNK = 16, 32, 128, 64
 # The bounds of csrc/gdn/README.md, against transformers' function on fp32 inputs. Rounding the
 # output to bf16 alone is 1.7e-3.
@@ -65,13 +67,15 @@ def _forward(num_tokens: int, device: torch.device) -> Case:
         return kvcore.chunk_gated_delta_rule(*wide, **options)[0]
 
     variants = {
-        "transformers torch": (transformers, MAX_ERROR),
+        TORCH: (transformers, MAX_ERROR),
         "kvcore": (ours, MAX_ERROR),
         "kvcore, fp32 inputs": (exact, MAX_FP32_ERROR),
     }
     for name, (run, bound) in variants.items():
         error = _checked(name, _relative_error(run(), expected), bound)
         case.variants[name] = Variant(run, 0, error)
+    if device.type == "cpu":
+        case.variants[f"{TORCH}, memory from the system"] = Variant(FromSystem(transformers))
     case.task = Task("gdn_forward", _named(inputs), expected)
     chunks = num_tokens // CHUNK * V_HEADS
     case.operations = 2 * FORWARD_MACS * chunks
@@ -85,7 +89,7 @@ def _backward(num_tokens: int, device: torch.device) -> Case:
     theirs = peers.transformers_rule()
     with torch.enable_grad():
         outs = {
-            "transformers torch": theirs(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0],
+            TORCH: theirs(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0],
             "kvcore": kvcore.chunk_gated_delta_rule(q, k, v, g, beta, use_qk_l2norm_in_kernel=True)[
                 0
             ],
@@ -96,7 +100,7 @@ def _backward(num_tokens: int, device: torch.device) -> Case:
         grads = torch.autograd.grad(out, leaves, d_out, retain_graph=True)
         return torch.cat([x.flatten().float() for x in grads[:3]])
 
-    expected = gradients(outs["transformers torch"])
+    expected = gradients(outs[TORCH])
     for name, out in outs.items():
 
         def run(out=out):
@@ -105,6 +109,8 @@ def _backward(num_tokens: int, device: torch.device) -> Case:
         error = _relative_error(gradients(out), expected)
         error = _checked(name, error, MAX_GRADIENT_ERROR)
         case.variants[name] = Variant(run, 0, error if name == "kvcore" else None)
+    of_torch = case.variants[TORCH].run
+    case.variants[f"{TORCH}, memory from the system"] = Variant(FromSystem(of_torch))
     chunks = num_tokens // CHUNK * V_HEADS
     case.operations = int(2 * BACKWARD_MACS * chunks)
     return case
@@ -149,14 +155,14 @@ def _train(rows: int) -> Case:
     name = f"training step of the demo, {rows} rows of {length} tokens"
     case = Case(name, {"rows": rows, "num_tokens": length}, {}, cold=False)
     runs = {}
-    for variant in ("transformers torch", "kvcore"):
+    for variant in (TORCH, "kvcore"):
         with tempfile.TemporaryDirectory() as out:
             runs[variant] = train.Run("hybrid", out, 60, train.RECIPE)
         runs[variant].state["stage"] = stage
 
     def theirs():
         with torch.enable_grad():
-            return runs["transformers torch"].step(corpus)[0]
+            return runs[TORCH].step(corpus)[0]
 
     def ours():
         with torch.enable_grad(), fast_gdn():
@@ -165,7 +171,7 @@ def _train(rows: int) -> Case:
     # The first step is the same one: bits per byte before training.
     expected = theirs()
     error = _checked(name, abs(ours() - expected) / expected, MAX_ERROR)
-    case.variants["transformers torch"] = Variant(theirs)
+    case.variants[TORCH] = Variant(theirs)
     case.variants["kvcore"] = Variant(ours, 0, error)
     return case
 

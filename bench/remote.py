@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
+from memory import KEPT_MEMORY_ENV
 from torch import Tensor
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -106,7 +107,7 @@ class Remote:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env={**os.environ, **env},
+                env={**os.environ, **KEPT_MEMORY_ENV, **env},
             )
         try:
             self.names: list[str] = self._read()["variants"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import statistics
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+from memory import kept_memory
 from worker import time_on_cpu
 
 FLUSH_BYTES = 1 << 30  # several times the last-level cache of any machine this runs on
@@ -61,12 +63,15 @@ def interleave(
     """
     names = list(variants)
     samples: dict[str, list[float]] = {name: [] for name in names}
-    for name in names:  # first touch, lazy initialisation
-        variants[name]()
     gc_was_enabled = gc.isenabled()
     gc.disable()
-    begin = time.perf_counter()
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(kept_memory())
+        if gc_was_enabled:
+            stack.callback(gc.enable)
+        for name in names:  # first touch, lazy initialisation
+            variants[name]()
+        begin = time.perf_counter()
         for i in range(rounds):
             if i >= MIN_ROUNDS and time.perf_counter() - begin > seconds:
                 break
@@ -74,9 +79,6 @@ def interleave(
                 if flush is not None:
                     flush()
                 samples[name].append(_time_once(variants[name], device))
-    finally:
-        if gc_was_enabled:
-            gc.enable()
     return samples
 
 

@@ -1,6 +1,8 @@
 """The benchmark's own machinery: order of the rounds, statistics, report."""
 
+import ctypes
 import pathlib
+import resource
 import sys
 
 import pytest
@@ -341,3 +343,27 @@ def test_a_case_runs_in_a_process_of_its_own(bench):
         f"decode, 4096 tokens, batch 1, q_len 1: kvcore {width}"
         for width in ("8 bit", "4 bit", "K4V2", "2 bit")
     ]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="malloc is not glibc's")
+def test_kept_memory_is_found_again(bench):
+    from memory import FromSystem, kept_memory
+
+    def faults(call) -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        call()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def run():
+        return torch.ones(16 << 20)
+
+    from_system = FromSystem(run)
+    run()
+    of_system = faults(run)
+    with kept_memory():
+        run()
+        assert faults(run) < of_system // 10
+        assert faults(from_system.timed) > of_system // 2
+        run()
+        assert faults(run) < of_system // 10
+    assert faults(run) > of_system // 2
