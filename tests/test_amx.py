@@ -1,4 +1,4 @@
-"""Level amx: the model of the tiles, and results that are those of AVX-512 VNNI bit by bit."""
+"""Level amx: the model of the tiles; turbo's results there are AVX-512 VNNI's, bit by bit."""
 
 import hashlib
 import json
@@ -52,9 +52,10 @@ def test_model_multiplies_tiles_of_all_shapes(model):
     assert (result.returncode, result.stdout) == (0, "")
 
 
+@pytest.mark.parametrize("product", [(), ("bf16",)], ids=["int8", "bf16"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_model_stops_where_the_instruction_faults(model, fault):
-    result = model(fault)
+def test_model_stops_where_the_instruction_faults(model, fault, product):
+    result = model(fault, *product)
     assert result.returncode != 0
     assert FAULTS[fault] in result.stderr
 

@@ -188,11 +188,15 @@ def test_leaks_are_found():
     assert leaks(listing, "avx2") == [weak, helper, startup, other]
 
 
-def test_tiles_are_used_at_level_amx_and_nowhere_else():
+@pytest.mark.parametrize(
+    ("kernel", "product"),
+    [("turbo/cpu/tile_kernel.cpp", "tdpbssd"), ("gdn/cpu/chunk_scan_kernel.cpp", "tdpbf16ps")],
+)
+def test_tiles_are_used_at_level_amx_and_nowhere_else(kernel, product):
     info = _C.build_info()
     if "amx" not in info["isa_levels"] or info["amx_model"]:
         pytest.skip("not a build with AMX instructions")
-    source = ROOT / "csrc" / "turbo" / "cpu" / "tile_kernel.cpp"
+    source = ROOT / "csrc" / kernel
     for level in info["isa_levels"]:
         listing = subprocess.run(
             ["objdump", "--disassemble", "--no-show-raw-insn", isa_object(source, level)],
@@ -200,7 +204,7 @@ def test_tiles_are_used_at_level_amx_and_nowhere_else():
             text=True,
             check=True,
         ).stdout
-        for instruction in ("ldtilecfg", "tileloadd", "tdpbssd", "tilestored", "tilerelease"):
+        for instruction in ("ldtilecfg", "tileloadd", product, "tilestored", "tilerelease"):
             assert (instruction in listing) == (level == "amx"), f"{instruction} at {level}"
 
 

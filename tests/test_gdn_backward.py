@@ -255,14 +255,21 @@ def test_parts_of_the_result():
     assert leaves[1].grad.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_deterministic(dtype):
-    case = Scan(150, 64, 96, 2, 8, 2, dtype=dtype, in_op_gate=True)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(Scan(150, 64, 96, 2, 8, 2, dtype=t, in_op_gate=True) for t in (F32, BF16)),
+        Scan(lengths=(70, 0, 130), k_dim=32, v_dim=64, in_op_gate=True),
+        Scan(66 * 64 + 3, 16, 32, 1, 1, normaliser=20.0),  # more chunks than a segment
+    ],
+    ids=str,
+)
+def test_deterministic(case):
     inputs = make_scan(case)
     first = gradients(kvcore.gdn_chunk_scan, inputs, **case.options)
     threads = torch.get_num_threads()
     try:
-        for num_threads in (1, 2, 7):
+        for num_threads in (1, 2, 7):  # the last ones share heads
             torch.set_num_threads(num_threads)
             again = gradients(kvcore.gdn_chunk_scan, inputs, **case.options)
             for name, a, b in zip(NAMES, again, first, strict=True):

@@ -1,15 +1,17 @@
 // AMX tiles: the instructions, or a software model of them. For code that is compiled at level amx.
 //
 // With KVCORE_AMX_MODEL each operation does what Intel's manual says (Software Developer's Manual,
-// volume 2: LDTILECFG, TILELOADD, TILESTORED, TILEZERO, TDPBSSD, TILERELEASE) and stops the program
-// where the instruction would fault. A build for tests: it runs the kernels' own source, tile by
-// tile, on any machine with AVX-512 VNNI.
+// volume 2: LDTILECFG, TILELOADD, TILESTORED, TILEZERO, TDPBSSD, TDPBF16PS, TILERELEASE) and stops
+// the program where the instruction would fault. A build for tests: it runs the kernels' own
+// source, tile by tile, on any machine with AVX-512 VNNI.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #if defined(KVCORE_AMX_MODEL)
+#include <math.h>
+
 #include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
@@ -56,6 +58,11 @@ template <int kAcc, int kA, int kB>
 inline void tile_dot() {
   asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kAcc), "i"(kA), "i"(kB));
 }
+/// acc[m][n] += sum over k of both products of bf16 of dwords a[m][k] and b[k][n], in fp32.
+template <int kAcc, int kA, int kB>
+inline void tile_dot_bf16() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kAcc), "i"(kA), "i"(kB));
+}
 
 #else
 
@@ -66,7 +73,7 @@ struct State {
   bool configured = false;
   uint8_t tiles[kNumTiles][kTileMaxRows][kTileMaxBytes];
 };
-static thread_local State state;
+inline thread_local State state;  // one for all who include this
 
 [[noreturn]] inline void fault(const char* what) {
   fprintf(stderr, "AMX model: %s\n", what);
@@ -120,20 +127,42 @@ inline void tile_store(void* rows, int64_t stride) {
     memcpy(static_cast<uint8_t*>(rows) + r * stride, s.tiles[kTile][r], s.config.row_bytes[kTile]);
   }
 }
+namespace amx_model {
+
+/// What a product of tiles asks of their shapes.
+template <int kAcc, int kA, int kB>
+inline void check_product() {
+  static_assert(kAcc != kA && kAcc != kB && kA != kB, "#UD: operands must be different tiles");
+  for (const int tile : {kAcc, kA, kB}) check_tile(tile);
+  const auto& rows = state.config.rows;
+  const auto& row_bytes = state.config.row_bytes;
+  for (const int tile : {kAcc, kA, kB}) {
+    check(row_bytes[tile] % 4 == 0, "#UD: a row is not of whole dwords");
+  }
+  check(rows[kAcc] == rows[kA], "#UD: rows of the sum and of the first operand");
+  check(row_bytes[kAcc] == row_bytes[kB], "#UD: columns of the sum and of the second");
+  check(row_bytes[kA] / 4 == rows[kB], "#UD: columns of the first, rows of the second");
+}
+
+/// Denormals are zero, going in and coming out.
+inline float flush(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; }
+inline float bf16_at(const uint8_t* bytes) {
+  uint16_t half;
+  memcpy(&half, bytes, sizeof half);
+  const uint32_t bits = uint32_t{half} << 16;
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return flush(x);
+}
+
+}  // namespace amx_model
+
 template <int kAcc, int kA, int kB>
 inline void tile_dot() {
-  static_assert(kAcc != kA && kAcc != kB && kA != kB, "#UD: operands must be different tiles");
-  for (const int tile : {kAcc, kA, kB}) amx_model::check_tile(tile);
+  amx_model::check_product<kAcc, kA, kB>();
   amx_model::State& s = amx_model::state;
-  const auto& rows = s.config.rows;
   const auto& row_bytes = s.config.row_bytes;
-  for (const int tile : {kAcc, kA, kB}) {
-    amx_model::check(row_bytes[tile] % 4 == 0, "#UD: a row is not of whole dwords");
-  }
-  amx_model::check(rows[kAcc] == rows[kA], "#UD: rows of the sum and of the first operand");
-  amx_model::check(row_bytes[kAcc] == row_bytes[kB], "#UD: columns of the sum and of the second");
-  amx_model::check(row_bytes[kA] / 4 == rows[kB], "#UD: columns of the first, rows of the second");
-  for (int m = 0; m < rows[kAcc]; ++m) {
+  for (int m = 0; m < s.config.rows[kAcc]; ++m) {
     for (int n = 0; n < row_bytes[kAcc] / 4; ++n) {
       uint32_t sum;  // wraps around, as the instruction's
       memcpy(&sum, &s.tiles[kAcc][m][4 * n], sizeof sum);
@@ -145,6 +174,31 @@ inline void tile_dot() {
         }
       }
       memcpy(&s.tiles[kAcc][m][4 * n], &sum, sizeof sum);
+    }
+  }
+}
+
+// Even and odd products are two chains of multiply-adds from zero, which meet at the end.
+template <int kAcc, int kA, int kB>
+inline void tile_dot_bf16() {
+  using amx_model::bf16_at, amx_model::flush;
+  amx_model::check_product<kAcc, kA, kB>();
+  amx_model::State& s = amx_model::state;
+  const auto& row_bytes = s.config.row_bytes;
+  for (int m = 0; m < s.config.rows[kAcc]; ++m) {
+    for (int n = 0; n < row_bytes[kAcc] / 4; ++n) {
+      float sums[2] = {0.0f, 0.0f};
+      for (int k = 0; k < row_bytes[kA] / 4; ++k) {
+        for (int half = 0; half < 2; ++half) {
+          const float a = bf16_at(&s.tiles[kA][m][4 * k + 2 * half]);
+          const float b = bf16_at(&s.tiles[kB][k][4 * n + 2 * half]);
+          sums[half] = flush(fmaf(a, b, sums[half]));
+        }
+      }
+      float acc;
+      memcpy(&acc, &s.tiles[kAcc][m][4 * n], sizeof acc);
+      acc = flush(flush(acc) + flush(sums[0] + sums[1]));
+      memcpy(&s.tiles[kAcc][m][4 * n], &acc, sizeof acc);
     }
   }
 }

@@ -1,11 +1,14 @@
 // Products of small matrices in scratch memory: C = A B, row-major, with the operands of one ISA
 // level. For code that is compiled per level.
 //
-// Every element of C is one chain of multiply-adds in the order of the inner index, so a result
-// does not depend on how a caller splits rows and columns.
+// Every element of C is one chain of multiply-adds in the order of the inner index (at level amx,
+// what gemm_tiles.h says), so a result does not depend on how a caller splits rows and columns.
 #pragma once
 
 #include "core/cpu/product.h"
+#if defined(KVCORE_ISA_AMX)
+#include "core/cpu/gemm_tiles.h"
+#endif
 
 namespace kvcore::KVCORE_ISA {
 
@@ -18,6 +21,12 @@ struct Fp32Operand {
   static Vector load(const Element* p) { return KVCORE_ISA::load(p); }
   static F32 mac(F32 acc, Vector a, Vector b) { return fma(a, b, acc); }
 };
+
+#if !defined(KVCORE_ISA_AMX)
+/// Level amx configures its tiles.
+inline void begin_products() {}
+inline void end_products() {}
+#endif
 
 #if defined(KVCORE_ISA_AVX512_BF16)
 /// Pairs of bf16 that follow each other along the inner index, the earlier one in the low half;
@@ -142,6 +151,13 @@ template <class Operand, int kRowStride, int kInnerStride>
 inline void product(const typename Operand::Element* a, const typename Operand::Element* b,
                     int64_t b_stride, float* c, int64_t c_stride, int rows, int columns, int inner,
                     Part part = Part::kAll, Onto onto = {}) {
+#if defined(KVCORE_ISA_AMX)
+  if constexpr (Operand::kPack == 2) {
+    static_assert(kInnerStride == 1, "rows of a tile are contiguous");
+    return product_by_tiles(a, kRowStride, b, b_stride, c, c_stride, rows, columns, inner, part,
+                            onto);
+  }
+#endif
   constexpr int kWide = kTileVectors * kLanes;
   // Columns outside: their part of B stays in the first-level cache while the rows pass.
   for (int j = 0; j < columns;) {

@@ -43,15 +43,25 @@ inline float rstd_of(const ChunkScanBackwardParams& p, const BackwardTask& task,
   return p.rstd[row * p.sizes.k_heads + k_head_of(p, task)];
 }
 
+/// Value channels of the task.
+inline int columns_of(const BackwardTask& task) { return task.v_end - task.v_begin; }
+
+/// Columns of a state to another of the same stride.
+inline void copy_columns(const float* state, int k_dim, int columns, int stride, float* out) {
+  for (int i = 0; i < k_dim; ++i) {
+    memcpy(out + i * stride, state + i * stride, columns * sizeof(float));
+  }
+}
+
 /// k, v, gates, X, A and W = V - e^G (K S), U = A W: what both passes need.
 template <class Operand>
 inline void load_chunk(const ChunkScanBackwardParams& p, const BackwardTask& task,
                        const Chunk& chunk, float* state, BackwardWorkspace& w) {
   using L = Layout<Operand>;
-  const int k_dim = static_cast<int>(p.sizes.k_dim), v_dim = static_cast<int>(p.sizes.v_dim);
-  const int rows = chunk.rows, stride = state_stride(v_dim);
+  const int k_dim = static_cast<int>(p.sizes.k_dim), columns = columns_of(task);
+  const int rows = chunk.rows, stride = state_stride(static_cast<int>(p.sizes.v_dim));
   load_chunk_rows(p.k, task, k_head_of(p, task), chunk, k_dim, L::values(w.k));
-  load_chunk_rows(p.v, task, task.head, chunk, v_dim, w.v);
+  load_chunk_rows(channels_from(p.v, task.v_begin), task, task.head, chunk, columns, w.v);
   auto* const pairs = second_operand<Operand>(w.k, rows, k_dim, w.k_pairs);
   by_channel<Operand>(pairs, rows, k_dim, w.k_by_channel);
   TokenValues& t = w.tokens;
@@ -84,31 +94,32 @@ inline void load_chunk(const ChunkScanBackwardParams& p, const BackwardTask& tas
       store(w.a + i * kSquareStride + j, load(x + j) * decay * load(t.beta + j));
     }
   }
-  const auto* const s = state_operand<Operand>(state, k_dim, v_dim, stride, w.packed);
-  product<Operand, L::kRow, 1>(L::of(w.k), s, stride, w.ks, kRowStride, rows, v_dim, k_dim);
+  const auto* const s = state_operand<Operand>(state, k_dim, columns, stride, w.packed);
+  product<Operand, L::kRow, 1>(L::of(w.k), s, stride, w.ks, kRowStride, rows, columns, k_dim);
   for (int i = 0; i < rows; ++i) {
     const F32 read = splat(-t.exp_G[i] * t.k_factor[i]);
-    for (int c = i * kRowStride; c < i * kRowStride + v_dim; c += kLanes) {
+    for (int c = i * kRowStride; c < i * kRowStride + columns; c += kLanes) {
       store(w.w + c, fma(read, load(w.ks + c), load(w.v + c)));
     }
   }
-  product<Fp32Operand, kSquareStride, 1>(w.a, w.w, kRowStride, w.u, kRowStride, rows, v_dim, rows,
+  product<Fp32Operand, kSquareStride, 1>(w.a, w.w, kRowStride, w.u, kRowStride, rows, columns, rows,
                                          Part::kLowerA);
 }
 
 /// The state after the chunk that load_chunk has loaded, in place or elsewhere.
 template <class Operand>
-inline void advance_state(const ChunkScanBackwardParams& p, const Chunk& chunk, const float* state,
-                          float* next, BackwardWorkspace& w) {
+inline void advance_state(const ChunkScanBackwardParams& p, const BackwardTask& task,
+                          const Chunk& chunk, const float* state, float* next,
+                          BackwardWorkspace& w) {
   using L = Layout<Operand>;
-  const int k_dim = static_cast<int>(p.sizes.k_dim), v_dim = static_cast<int>(p.sizes.v_dim);
-  const int rows = chunk.rows, stride = state_stride(v_dim);
+  const int k_dim = static_cast<int>(p.sizes.k_dim), columns = columns_of(task);
+  const int rows = chunk.rows, stride = state_stride(static_cast<int>(p.sizes.v_dim));
   float factors[kChunk];
   for (int i = 0; i < rows; ++i) factors[i] = w.tokens.rest[i] * w.tokens.k_factor[i];
-  const auto* const written = second_operand<Operand>(w.u, rows, v_dim, factors, w.second);
-  if (next != state) memcpy(next, state, sizeof(float) * k_dim * stride);
+  const auto* const written = second_operand<Operand>(w.u, rows, columns, factors, w.second);
+  if (next != state) copy_columns(state, k_dim, columns, stride, next);
   product<Operand, kSquareStride, 1>(L::of(w.k_by_channel), written, kRowStride, next, stride,
-                                     k_dim, v_dim, rows, Part::kAll,
+                                     k_dim, columns, rows, Part::kAll,
                                      {&w.tokens.exp_G[chunk.n - 1], 0});
 }
 

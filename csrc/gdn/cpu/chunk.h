@@ -80,33 +80,58 @@ struct alignas(64) BackwardWorkspace {
   Rows u_first;
   Square square;
   Tall transposed;
-  State packed, transposed_state, d_state;
+  State packed, transposed_state;
   TokenValues tokens;
   float dG[kChunk], dbeta[kChunk];
-};
-
-/// One value head of one sequence.
-struct BackwardTask {
-  Sequence sequence;
-  int64_t head;
-  bool first_of_group;  // dq and dk are set, not added to
-  bool last_of_group;   // dq and dk are finished and written
-  float* states;        // [kSegmentChunks, k_dim, state_stride(v_dim)]
-  float* segments;      // [segments of the sequence, k_dim, state_stride(v_dim)]
-  float* dqk;           // [2, length, k_dim] sums over the heads of the group; null if there is one
-  float* dA_log;        // one value each, of this head and sequence; may be null
-  float* ddt_bias;
 };
 
 // Chunks whose states the backward keeps: 4 MiB at k_dim = v_dim = 128. Longer sequences keep the
 // states between segments and compute those within one again.
 constexpr int64_t kSegmentChunks = 64;
 
+inline int64_t chunks_of(const Sequence& s) { return (s.length + kChunk - 1) / kChunk; }
+inline int64_t segments_of(const Sequence& s) {
+  return (chunks_of(s) + kSegmentChunks - 1) / kSegmentChunks;
+}
+
+/// One value head of one sequence. States are [k_dim, state_stride(v_dim)].
+struct BackwardTask {
+  Sequence sequence;
+  int64_t head;
+  int v_begin, v_end;   // value channels; all of them but where states are computed
+  bool first_of_group;  // dq and dk are set, not added to
+  bool last_of_group;   // dq and dk are finished and written
+  float* segments;      // [segments of the sequence] states before them
+  float* states;        // [kSegmentChunks] states before the chunks of a segment
+  float* d_state;       // gradient of the state after the chunk that comes next
+  float* d_states;      // [kSegmentChunks] of those after the chunks; null without kChunk
+  float* dqk;           // [2, length, k_dim] sums over the heads of the group; null if there is one
+  float* dA_log;        // [chunks of the sequence] sums over a chunk's tokens
+  float* ddt_bias;
+};
+
+/// Steps of a head's backward, in this order, the middle ones for its segments from last to first.
+/// Gradients of states run through the sequence, but each value channel by itself; the rest is of
+/// one chunk. So few heads occupy many threads if the former are computed and kept first.
+enum class BackwardStep {
+  kFirstStates,   // before all segments; the last d_state
+  kStates,        // of a segment
+  kDStates,       // of a segment, for kChunk
+  kChunk,         // one chunk: everything else
+  kChunks,        // instead of these two: chunks from last to first, d_state on the way
+  kInitialState,  // d_initial_state
+};
+struct BackwardWork {
+  BackwardStep step;
+  int64_t segment = 0;
+  int64_t chunk = 0;  // in the segment
+};
+
 // clang-format off
 KVCORE_ISA_DECLARE(
 void chunk_scan_kernel(const ChunkScanParams& p, const ScanTask& task, ForwardWorkspace& w);
 void chunk_scan_backward_kernel(const ChunkScanBackwardParams& p, const BackwardTask& task,
-                                BackwardWorkspace& w);
+                                const BackwardWork& work, BackwardWorkspace& w);
 )
 // clang-format on
 

@@ -5,22 +5,38 @@
 namespace kvcore::gdn::KVCORE_ISA {
 namespace {
 
-/// 1: dU, dW, dA, dP and Y; dV is dW.
+/// 1: dU, dW, which is dV, and Y = -e^G dW, of the task's value channels.
 template <class Operand>
-void backward_values(const ChunkScanBackwardParams& p, const Chunk& chunk, BackwardWorkspace& w) {
+void backward_writes(const ChunkScanBackwardParams& p, const BackwardTask& task, const Chunk& chunk,
+                     float* d_state, BackwardWorkspace& w) {
   using L = Layout<Operand>;
-  const int k_dim = static_cast<int>(p.sizes.k_dim), v_dim = static_cast<int>(p.sizes.v_dim);
-  const int rows = chunk.rows, stride = state_stride(v_dim);
+  const int k_dim = static_cast<int>(p.sizes.k_dim), columns = columns_of(task);
+  const int rows = chunk.rows, stride = state_stride(static_cast<int>(p.sizes.v_dim));
   const TokenValues& t = w.tokens;
-  const auto* const ds = state_operand<Operand>(w.d_state, k_dim, v_dim, stride, w.packed);
-  product<Operand, L::kRow, 1>(L::of(w.k), ds, stride, w.du, kRowStride, rows, v_dim, k_dim);
+  load_chunk_rows(channels_from(p.d_out, task.v_begin), task, task.head, chunk, columns, w.d_out);
+  const auto* const ds = state_operand<Operand>(d_state, k_dim, columns, stride, w.packed);
+  product<Operand, L::kRow, 1>(L::of(w.k), ds, stride, w.du, kRowStride, rows, columns, k_dim);
   float factors[kChunk];
   for (int i = 0; i < rows; ++i) factors[i] = t.rest[i] * t.k_factor[i];
-  const auto* const d_out = L::of(Operand::kPack == 2 ? w.d_out_given : w.d_out);
-  product<Fp32Operand, 1, kSquareStride>(w.p, w.d_out, kRowStride, w.du, kRowStride, rows, v_dim,
+  product<Fp32Operand, 1, kSquareStride>(w.p, w.d_out, kRowStride, w.du, kRowStride, rows, columns,
                                          rows, Part::kUpperA, {factors});
-  product<Fp32Operand, 1, kSquareStride>(w.a, w.du, kRowStride, w.dw, kRowStride, rows, v_dim, rows,
-                                         Part::kUpperA);
+  product<Fp32Operand, 1, kSquareStride>(w.a, w.du, kRowStride, w.dw, kRowStride, rows, columns,
+                                         rows, Part::kUpperA);
+  for (int i = 0; i < rows; ++i) {
+    scale_row(w.dw + i * kRowStride, -t.exp_G[i], columns, w.y + i * kRowStride);
+  }
+}
+
+/// 1: dA and dP.
+template <class Operand>
+void backward_squares(const ChunkScanBackwardParams& p, const BackwardTask& task,
+                      const Chunk& chunk, BackwardWorkspace& w) {
+  using L = Layout<Operand>;
+  const int v_dim = static_cast<int>(p.sizes.v_dim), rows = chunk.rows;
+  if constexpr (Operand::kPack == 2) {
+    load_chunk_rows(p.d_out, task, task.head, chunk, v_dim, L::values(w.d_out_given));
+  }
+  const auto* const d_out = L::of(Operand::kPack == 2 ? w.d_out_given : w.d_out);
   const auto* b =
       transposed_operand<Operand>(first_operand<Operand>(w.w, kRowStride, rows, v_dim, w.first),
                                   L::kRow, rows, v_dim, w.transposed, kSquareStride);
@@ -32,7 +48,6 @@ void backward_values(const ChunkScanBackwardParams& p, const Chunk& chunk, Backw
   product<Operand, L::kRow, 1>(d_out, b, kSquareStride, w.dp, kSquareStride, rows, rows, v_dim,
                                Part::kLowerC);
   for (int i = 0; i < rows; ++i) {
-    scale_row(w.dw + i * kRowStride, -t.exp_G[i], v_dim, w.y + i * kRowStride);
     for (int j = 0; j < rows; j += kLanes) {
       const int at = i * kSquareStride + j;
       const Mask past = up_to(j, i);
@@ -123,12 +138,12 @@ auto* transposed_state(float* state, int k_dim, int v_dim, BackwardWorkspace& w)
 /// 2, 3, and the parts of 5 and 6 that come from rows: dQ, dK (of normalized q and k), dG.
 template <class Operand>
 void backward_keys(const ChunkScanBackwardParams& p, const Chunk& chunk, float* state,
-                   BackwardWorkspace& w) {
+                   float* d_state, BackwardWorkspace& w) {
   using L = Layout<Operand>;
   const int k_dim = static_cast<int>(p.sizes.k_dim), v_dim = static_cast<int>(p.sizes.v_dim);
   const int rows = chunk.rows, last = chunk.n - 1, stride = state_stride(k_dim);
   const TokenValues& t = w.tokens;
-  const auto* s = transposed_state<Operand>(w.d_state, k_dim, v_dim, w);
+  const auto* s = transposed_state<Operand>(d_state, k_dim, v_dim, w);
   // Made with dP's second operand.
   const auto* const u = L::of(Operand::kPack == 2 ? w.u_first : w.u);
   const auto* const d_out = L::of(Operand::kPack == 2 ? w.d_out_given : w.d_out);
@@ -149,7 +164,7 @@ void backward_keys(const ChunkScanBackwardParams& p, const Chunk& chunk, float* 
   F32 products = splat(0.0f);
   for (int i = 0; i < k_dim; ++i) {
     for (int at = i * state_stride(v_dim), c = 0; c < v_dim; c += kLanes) {
-      products = fma(load(state + at + c), load(w.d_state + at + c), products);
+      products = fma(load(state + at + c), load(d_state + at + c), products);
     }
   }
   w.dG[last] += t.exp_G[last] * reduce_add(products) + kept;
@@ -170,21 +185,22 @@ void backward_keys(const ChunkScanBackwardParams& p, const Chunk& chunk, float* 
   add_square<Operand>(w.e, t.k_factor, k, rows, k_dim, Part::kAll, w.dk, w);
 }
 
-/// 7: d_state before the chunk.
+/// 7: d_state before the chunk, in place.
 template <class Operand>
-void backward_state(const ChunkScanBackwardParams& p, const Chunk& chunk, BackwardWorkspace& w) {
+void backward_state(const ChunkScanBackwardParams& p, const BackwardTask& task, const Chunk& chunk,
+                    float* d_state, BackwardWorkspace& w) {
   using L = Layout<Operand>;
-  const int k_dim = static_cast<int>(p.sizes.k_dim), v_dim = static_cast<int>(p.sizes.v_dim);
-  const int rows = chunk.rows, stride = state_stride(v_dim);
+  const int k_dim = static_cast<int>(p.sizes.k_dim), columns = columns_of(task);
+  const int rows = chunk.rows, stride = state_stride(static_cast<int>(p.sizes.v_dim));
   const TokenValues& t = w.tokens;
   float factors[kChunk];
   for (int i = 0; i < rows; ++i) factors[i] = p.scale * t.exp_G[i] * t.q_factor[i];
   product<Operand, kSquareStride, 1>(
-      L::of(w.k_by_channel), second_operand<Operand>(w.y, rows, v_dim, t.k_factor, w.second),
-      kRowStride, w.d_state, stride, k_dim, v_dim, rows, Part::kAll, {&t.exp_G[chunk.n - 1], 0});
+      L::of(w.k_by_channel), second_operand<Operand>(w.y, rows, columns, t.k_factor, w.second),
+      kRowStride, d_state, stride, k_dim, columns, rows, Part::kAll, {&t.exp_G[chunk.n - 1], 0});
   product<Operand, kSquareStride, 1>(
-      L::of(w.q_by_channel), second_operand<Operand>(w.d_out, rows, v_dim, factors, w.second),
-      kRowStride, w.d_state, stride, k_dim, v_dim, rows, Part::kAll, kOntoC);
+      L::of(w.q_by_channel), second_operand<Operand>(w.d_out, rows, columns, factors, w.second),
+      kRowStride, d_state, stride, k_dim, columns, rows, Part::kAll, kOntoC);
 }
 
 /// Adds the rows to the group's sums; the last head of the group undoes the norm and writes them.
@@ -227,7 +243,7 @@ void store_tokens(const ChunkScanBackwardParams& p, const BackwardTask& task, co
                   BackwardWorkspace& w) {
   const int v_dim = static_cast<int>(p.sizes.v_dim);
   const Gate& gate = p.gate;
-  float dg = 0.0f;
+  float dg = 0.0f, dA_log = 0.0f, ddt_bias = 0.0f;
   for (int i = chunk.n - 1; i >= 0; --i) {
     const int64_t token = task.sequence.begin + chunk.begin + i;
     const int64_t at = token_of(p, task, chunk.begin + i) * p.sizes.v_heads + task.head;
@@ -238,8 +254,8 @@ void store_tokens(const ChunkScanBackwardParams& p, const BackwardTask& task, co
       const float x = scalar_at(gate.g, task.sequence.batch_idx, task.head, token) + bias;
       const float rate = -expf(gate.A_log[task.head]);
       d_gate = dg * rate * (x > kSoftplusThreshold ? 1.0f : sigmoid(x));
-      *task.dA_log += dg * rate * softplus(x);
-      *task.ddt_bias += d_gate;
+      dA_log += dg * rate * softplus(x);
+      ddt_bias += d_gate;
     }
     float d_beta = w.dbeta[i];
     if (gate.beta_sigmoid) {
@@ -250,82 +266,147 @@ void store_tokens(const ChunkScanBackwardParams& p, const BackwardTask& task, co
     narrow_row(&d_beta, 1, p.dbeta, at);
     store_row<Operand>(w.dw + i * kRowStride, v_dim, p.dv, at * v_dim);
   }
+  task.dA_log[chunk.begin / kChunk] = dA_log;
+  task.ddt_bias[chunk.begin / kChunk] = ddt_bias;
 }
 
+/// Chunks of a segment: its first, and how many there are.
+struct Segment {
+  int64_t first, count;
+};
+Segment segment_at(const BackwardTask& task, int64_t index) {
+  const int64_t first = index * kSegmentChunks, left = chunks_of(task.sequence) - first;
+  return {first, left < kSegmentChunks ? left : kSegmentChunks};
+}
+
+int64_t state_size(const ChunkScanBackwardParams& p) {
+  return p.sizes.k_dim * state_stride(static_cast<int>(p.sizes.v_dim));
+}
+
+/// A state of the task's sequence and head in what was given or is wanted.
+int64_t given_state(const ChunkScanBackwardParams& p, const BackwardTask& task) {
+  return (task.sequence.seq_idx * p.sizes.v_heads + task.head) * p.sizes.k_dim * p.sizes.v_dim;
+}
+
+/// States before all segments, and the last d_state.
+template <class Operand>
+void first_states(const ChunkScanBackwardParams& p, const BackwardTask& task,
+                  BackwardWorkspace& w) {
+  const int k_dim = static_cast<int>(p.sizes.k_dim), v_dim = static_cast<int>(p.sizes.v_dim);
+  const int stride = state_stride(v_dim);
+  const int64_t size = state_size(p), at = given_state(p, task);
+  float* state = task.segments + task.v_begin;
+  load_state(p.initial_state ? p.initial_state + at : nullptr, p.state_v_first, k_dim, v_dim,
+             task.v_begin, task.v_end, state, stride);
+  const int64_t last = segments_of(task.sequence) - 1;
+  for (int64_t i = 0; i < last * kSegmentChunks; ++i) {
+    if (i % kSegmentChunks == 0) {
+      copy_columns(state, k_dim, columns_of(task), stride, state + size);
+      state += size;
+    }
+    const Chunk chunk = chunk_at(task, i);
+    load_chunk<Operand>(p, task, chunk, state, w);
+    advance_state<Operand>(p, task, chunk, state, state, w);
+  }
+  load_state(p.d_final_state ? p.d_final_state + at : nullptr, p.state_v_first, k_dim, v_dim,
+             task.v_begin, task.v_end, task.d_state + task.v_begin, stride);
+}
+
+/// States before all chunks of a segment, from the one before the first.
+template <class Operand>
+void segment_states(const ChunkScanBackwardParams& p, const BackwardTask& task, int64_t index,
+                    BackwardWorkspace& w) {
+  const Segment segment = segment_at(task, index);
+  const int64_t size = state_size(p);
+  copy_columns(task.segments + index * size + task.v_begin, static_cast<int>(p.sizes.k_dim),
+               columns_of(task), state_stride(static_cast<int>(p.sizes.v_dim)),
+               task.states + task.v_begin);
+  for (int64_t i = 0; i + 1 < segment.count; ++i) {
+    const Chunk chunk = chunk_at(task, segment.first + i);
+    float* const state = task.states + i * size + task.v_begin;
+    load_chunk<Operand>(p, task, chunk, state, w);
+    advance_state<Operand>(p, task, chunk, state, state + size, w);
+  }
+}
+
+/// Gradients of the states after all chunks of a segment, and of the one before the first.
+template <class Operand>
+void segment_d_states(const ChunkScanBackwardParams& p, const BackwardTask& task, int64_t index,
+                      BackwardWorkspace& w) {
+  const Segment segment = segment_at(task, index);
+  const int64_t size = state_size(p);
+  float* const d_state = task.d_state + task.v_begin;
+  for (int64_t i = segment.count - 1; i >= 0; --i) {
+    const Chunk chunk = chunk_at(task, segment.first + i);
+    copy_columns(d_state, static_cast<int>(p.sizes.k_dim), columns_of(task),
+                 state_stride(static_cast<int>(p.sizes.v_dim)),
+                 task.d_states + i * size + task.v_begin);
+    load_chunk<Operand>(p, task, chunk, task.states + i * size + task.v_begin, w);
+    load_scores<Operand>(p, task, chunk, w);
+    backward_writes<Operand>(p, task, chunk, d_state, w);
+    backward_state<Operand>(p, task, chunk, d_state, w);
+  }
+}
+
+/// All but d_state before the chunk, of all value channels.
 template <class Operand>
 void backward_chunk(const ChunkScanBackwardParams& p, const BackwardTask& task, const Chunk& chunk,
-                    float* state, BackwardWorkspace& w) {
-  const int v_dim = static_cast<int>(p.sizes.v_dim);
+                    float* state, float* d_state, BackwardWorkspace& w) {
   load_chunk<Operand>(p, task, chunk, state, w);
   load_scores<Operand>(p, task, chunk, w);
-  load_chunk_rows(p.d_out, task, task.head, chunk, v_dim, w.d_out);
-  if constexpr (Operand::kPack == 2) {
-    auto* const rows = Layout<Operand>::values(w.d_out_given);
-    load_chunk_rows(p.d_out, task, task.head, chunk, v_dim, rows);
-  }
-  backward_values<Operand>(p, chunk, w);
+  backward_writes<Operand>(p, task, chunk, d_state, w);
+  backward_squares<Operand>(p, task, chunk, w);
   backward_inverse(chunk, w);
-  backward_keys<Operand>(p, chunk, state, w);
-  backward_state<Operand>(p, chunk, w);
+  backward_keys<Operand>(p, chunk, state, d_state, w);
   store_keys<Operand>(p, task, chunk, 0, w);
   store_keys<Operand>(p, task, chunk, 1, w);
   store_tokens<Operand>(p, task, chunk, w);
 }
 
 template <class Operand>
-void scan_backward(const ChunkScanBackwardParams& p, const BackwardTask& task,
-                   BackwardWorkspace& w) {
-  const Sizes& s = p.sizes;
-  const int k_dim = static_cast<int>(s.k_dim), v_dim = static_cast<int>(s.v_dim);
-  const int stride = state_stride(v_dim);
-  const int64_t size = s.k_dim * stride;
-  const int64_t at = (task.sequence.seq_idx * s.v_heads + task.head) * s.k_dim * s.v_dim;
-  const int64_t num_chunks = (task.sequence.length + kChunk - 1) / kChunk;
-  const int64_t num_segments = (num_chunks + kSegmentChunks - 1) / kSegmentChunks;
-
-  load_state(p.initial_state ? p.initial_state + at : nullptr, p.state_v_first, k_dim, v_dim, 0,
-             v_dim, task.segments, stride);
-  for (int64_t segment = 0; segment + 1 < num_segments; ++segment) {
-    float* const next = task.segments + (segment + 1) * size;
-    memcpy(next, task.segments + segment * size, sizeof(float) * size);
-    for (int64_t i = 0; i < kSegmentChunks; ++i) {
-      const Chunk chunk = chunk_at(task, segment * kSegmentChunks + i);
-      load_chunk<Operand>(p, task, chunk, next, w);
-      advance_state<Operand>(p, chunk, next, next, w);
-    }
-  }
-  load_state(p.d_final_state ? p.d_final_state + at : nullptr, p.state_v_first, k_dim, v_dim, 0,
-             v_dim, w.d_state, stride);
-  for (int64_t segment = num_segments - 1; segment >= 0; --segment) {
-    const int64_t first = segment * kSegmentChunks, left = num_chunks - first;
-    const int64_t count = left < kSegmentChunks ? left : kSegmentChunks;
-    memcpy(task.states, task.segments + segment * size, sizeof(float) * size);
-    for (int64_t i = 0; i + 1 < count; ++i) {
-      const Chunk chunk = chunk_at(task, first + i);
-      float* const state = task.states + i * size;
-      load_chunk<Operand>(p, task, chunk, state, w);
-      advance_state<Operand>(p, chunk, state, state + size, w);
-    }
-    for (int64_t i = count - 1; i >= 0; --i) {
-      backward_chunk<Operand>(p, task, chunk_at(task, first + i), task.states + i * size, w);
-    }
-  }
-  if (p.d_initial_state != nullptr) {
-    store_state(w.d_state, stride, p.state_v_first, k_dim, v_dim, 0, v_dim, p.d_initial_state + at);
+void run(const ChunkScanBackwardParams& p, const BackwardTask& task, const BackwardWork& work,
+         BackwardWorkspace& w) {
+  const int64_t size = state_size(p);
+  const Segment segment = segment_at(task, work.segment);
+  switch (work.step) {
+    case BackwardStep::kFirstStates:
+      return first_states<Operand>(p, task, w);
+    case BackwardStep::kStates:
+      return segment_states<Operand>(p, task, work.segment, w);
+    case BackwardStep::kDStates:
+      return segment_d_states<Operand>(p, task, work.segment, w);
+    case BackwardStep::kChunk:
+      return backward_chunk<Operand>(p, task, chunk_at(task, segment.first + work.chunk),
+                                     task.states + work.chunk * size,
+                                     task.d_states + work.chunk * size, w);
+    case BackwardStep::kChunks:
+      for (int64_t i = segment.count - 1; i >= 0; --i) {
+        const Chunk chunk = chunk_at(task, segment.first + i);
+        backward_chunk<Operand>(p, task, chunk, task.states + i * size, task.d_state, w);
+        backward_state<Operand>(p, task, chunk, task.d_state, w);
+      }
+      return;
+    case BackwardStep::kInitialState:
+      if (p.d_initial_state == nullptr) return;
+      const int k_dim = static_cast<int>(p.sizes.k_dim), v_dim = static_cast<int>(p.sizes.v_dim);
+      return store_state(task.d_state + task.v_begin, state_stride(v_dim), p.state_v_first, k_dim,
+                         v_dim, task.v_begin, task.v_end, p.d_initial_state + given_state(p, task));
   }
 }
 
 }  // namespace
 
 void chunk_scan_backward_kernel(const ChunkScanBackwardParams& p, const BackwardTask& task,
-                                BackwardWorkspace& w) {
+                                const BackwardWork& work, BackwardWorkspace& w) {
 #if defined(KVCORE_ISA_AVX512_BF16)
   // What else these products take is rounded to bf16 for them.
   if (p.q.dtype == Dtype::kBFloat16 && p.v.dtype == Dtype::kBFloat16) {
-    return scan_backward<Bf16Operand>(p, task, w);
+    begin_products();
+    run<Bf16Operand>(p, task, work, w);
+    return end_products();
   }
 #endif
-  scan_backward<Fp32Operand>(p, task, w);
+  run<Fp32Operand>(p, task, work, w);
 }
 
 }  // namespace kvcore::gdn::KVCORE_ISA

@@ -167,7 +167,9 @@ void chunk_scan_kernel(const ChunkScanParams& p, const ScanTask& task, ForwardWo
 #if defined(KVCORE_ISA_AVX512_BF16)
   // What else the products take (the state, scaled rows of U) is rounded to bf16 for them.
   if (p.q.dtype == Dtype::kBFloat16 && p.v.dtype == Dtype::kBFloat16) {
-    return scan<Bf16Operand>(p, task, w);
+    begin_products();
+    scan<Bf16Operand>(p, task, w);
+    return end_products();
   }
 #endif
   scan<Fp32Operand>(p, task, w);
