@@ -260,7 +260,7 @@ def test_parts_of_the_result():
     [
         *(Scan(150, 64, 96, 2, 8, 2, dtype=t, in_op_gate=True) for t in (F32, BF16)),
         Scan(lengths=(70, 0, 130), k_dim=32, v_dim=64, in_op_gate=True),
-        Scan(66 * 64 + 3, 16, 32, 1, 1, normaliser=20.0),  # more chunks than a segment
+        Scan(66 * 64 + 3, 16, 32, 1, 1, in_op_gate=True),  # more chunks than a segment
     ],
     ids=str,
 )
