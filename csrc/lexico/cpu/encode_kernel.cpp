@@ -5,6 +5,9 @@
 #include "lexico/cpu/correlate.h"
 #include "lexico/cpu/encode_kernels.h"
 #include "lexico/cpu/pursuit.h"
+#if defined(KVCORE_ISA_AMX)
+#include "lexico/cpu/search_tiles.h"
+#endif
 
 namespace kvcore::lexico::KVCORE_ISA {
 namespace {
@@ -191,22 +194,29 @@ Best rescore(const EncodeParams& p, const LaneBestTwo& lanes, const float* resid
   return best;
 }
 
-/// Best atoms of the rows of `residuals`, [rows rounded up to kRowTile, head_dim].
-void search_all(const EncodeParams& p, const void* panels, const float* residuals, int rows,
-                Best* found) {
+// Adds the products with all atoms to what is known of the first `rows` of kRecomputeBlock rows.
+#if defined(KVCORE_ISA_AMX)
+void search_panels(const EncodeParams& p, const uint32_t* panels, const uint32_t* pairs, int rows,
+                   LaneBestTwo* best) {
+  const int head_dim = static_cast<int>(p.head_dim);
+  const SearchTiles tiles;
+  const int num_groups = (rows + kTileMaxRows - 1) / kTileMaxRows;
+  alignas(64) float products[kRecomputeBlock * kLanes];
+  for (int64_t atom = 0; atom < padded_atoms(p.atoms); atom += kLanes) {
+    const int64_t panel = atom / kPanelAtoms * kPanelAtoms;
+    const uint32_t* const first = panels + panel * (head_dim / 2) + (atom - panel);
+    correlate_tiles(pairs, num_groups, first, head_dim, products);
+    const F32 index = to_f32(add_i32(iota(), splat_i32(static_cast<int32_t>(atom))));
+    for (int row = 0; row < rows; ++row) best[row].update(load(products + row * kLanes), index);
+  }
+}
+#else
+void search_panels(const EncodeParams& p, const uint32_t* panels, const uint32_t* pairs, int rows,
+                   LaneBestTwo* best) {
   const int head_dim = static_cast<int>(p.head_dim), num_pairs = head_dim / 2;
   static_assert(kTileAtoms == kPanelAtoms && kRecomputeBlock % kRowTile == 0);
-  uint32_t pairs[kRecomputeBlock * kMaxHeadDim / 2];
-  LaneBestTwo best[kRecomputeBlock];
-  for (int row = 0; row < rows; row += kRowTile) {
-    for (int r = row; r < row + kRowTile; ++r) {
-      round_row(residuals + r * head_dim, head_dim, pairs + r * num_pairs);
-      best[r] = LaneBestTwo::none();
-    }
-  }
   for (int64_t panel = 0; panel < num_panels(p.atoms); ++panel) {
-    const uint32_t* const atoms =
-        static_cast<const uint32_t*>(panels) + panel * num_pairs * kPanelAtoms;
+    const uint32_t* const atoms = panels + panel * num_pairs * kPanelAtoms;
     const F32 first = to_f32(add_i32(iota(), splat_i32(panel * kPanelAtoms)));
     for (int row = 0; row < rows; row += kRowTile) {
       F32 acc[kRowTile][kChunks];
@@ -220,6 +230,20 @@ void search_all(const EncodeParams& p, const void* panels, const float* residual
       }
     }
   }
+}
+#endif
+
+/// Best atoms of the first `rows` rows of `residuals` [kRecomputeBlock, head_dim].
+void search_all(const EncodeParams& p, const void* panels, const float* residuals, int rows,
+                Best* found) {
+  const int head_dim = static_cast<int>(p.head_dim), num_pairs = head_dim / 2;
+  uint32_t pairs[kRecomputeBlock * kMaxHeadDim / 2];
+  LaneBestTwo best[kRecomputeBlock];
+  for (int row = 0; row < kRecomputeBlock; ++row) {
+    round_row(residuals + row * head_dim, head_dim, pairs + row * num_pairs);
+    best[row] = LaneBestTwo::none();
+  }
+  search_panels(p, static_cast<const uint32_t*>(panels), pairs, rows, best);
   for (int row = 0; row < rows; ++row) {
     found[row] = rescore(p, best[row], residuals + row * head_dim);
   }
