@@ -199,7 +199,7 @@ Best rescore(const EncodeParams& p, const LaneBestTwo& lanes, const float* resid
 void search_panels(const EncodeParams& p, const uint32_t* panels, const uint32_t* pairs, int rows,
                    LaneBestTwo* best) {
   const int head_dim = static_cast<int>(p.head_dim);
-  const SearchTiles tiles;
+  configure_search_tiles();
   const int num_groups = (rows + kTileMaxRows - 1) / kTileMaxRows;
   alignas(64) float products[kRecomputeBlock * kLanes];
   for (int64_t atom = 0; atom < padded_atoms(p.atoms); atom += kLanes) {
@@ -209,6 +209,7 @@ void search_panels(const EncodeParams& p, const uint32_t* panels, const uint32_t
     const F32 index = to_f32(add_i32(iota(), splat_i32(static_cast<int32_t>(atom))));
     for (int row = 0; row < rows; ++row) best[row].update(load(products + row * kLanes), index);
   }
+  tile_release();
 }
 #else
 void search_panels(const EncodeParams& p, const uint32_t* panels, const uint32_t* pairs, int rows,

@@ -17,21 +17,16 @@ static_assert(kRowGroups == 3 && kRecomputeBlock % kTileMaxRows == 0 && kLanes =
 
 constexpr int kRows0 = 3, kRows1 = 4, kRows2 = 5, kAtoms = 6;  // sums are tiles 0 to 2
 
-/// Configures the tiles for as long as it lives.
-class SearchTiles {
- public:
-  SearchTiles() {
-    TileConfig config;
-    for (int tile = 0; tile < kNumTiles; ++tile) {
-      config.rows[tile] = kTileMaxRows;
-      config.row_bytes[tile] = kTileMaxBytes;
-    }
-    tile_config(config);
+/// Configures the tiles; tile_release() follows the last product. No object does this: its
+/// destructor would leave code for exceptions outside the level's namespace.
+inline void configure_search_tiles() {
+  TileConfig config;
+  for (int tile = 0; tile < kNumTiles; ++tile) {
+    config.rows[tile] = kTileMaxRows;
+    config.row_bytes[tile] = kTileMaxBytes;
   }
-  ~SearchTiles() { tile_release(); }
-  SearchTiles(const SearchTiles&) = delete;
-  SearchTiles& operator=(const SearchTiles&) = delete;
-};
+  tile_config(config);
+}
 
 /// products [kRecomputeBlock, kLanes] of `num_groups` groups of 16 rows [.., head_dim / 2] and the
 /// kLanes atoms that begin at `panel`, [head_dim / 2, kPanelAtoms].
