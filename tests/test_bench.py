@@ -359,7 +359,8 @@ def test_kept_memory_is_found_again(bench):
 
     from_system = FromSystem(run)
     with kept_memory():
-        run()
-        kept, of_system = faults(run), faults(from_system.timed)
-        run()
-        assert max(kept, faults(run)) < of_system // 10
+        of_system = faults(from_system.timed)
+        for _ in range(4):  # the heap has more than one place for it
+            run()
+        assert faults(run) < of_system // 10
+        assert faults(from_system.timed) > of_system // 2
