@@ -98,6 +98,24 @@ def test_padding_is_coded_as_zeros_and_hidden(generator):
     assert relative_l2(out, expected) < 1e-5
     assert kvcore.hf.fallback_reasons() == {}
 
+def test_padding_is_not_made_again_for_every_step(generator):
+    """On a device it would be a copy from the host for every layer."""
+    layer = lexico_layer()
+    mask = torch.ones(2, 40)
+    mask[1, :7] = 0
+    layer.tracker.announce(mask, native=True)
+    layer.update(*random_kv(generator, 2, 40))
+    held = layer.store.left_padding
+    assert held.tolist() == [0, 7]
+    for _ in range(20):  # some of them code
+        layer.update(*random_kv(generator, 2, 1))
+        assert layer.store.left_padding is held
+    layer.reorder_cache(torch.tensor([1, 1]))
+    assert layer.store.left_padding.tolist() == [7, 7]
+    layer.crop(-55)
+    assert layer.store.left_padding.tolist() == [5, 5]
+
+
 
 def test_sparsities_and_tolerances_are_of_k_and_v_apart(generator):
     k, v = random_kv(generator, 1, 200)

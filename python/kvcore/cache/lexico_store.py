@@ -85,12 +85,16 @@ class LexicoStore:
         self.settings = settings
         self.pair = pair
         self._most_coded = 0
+        self.padding = self.left_padding = None
         self._adopt(codes, buffer, buffer_len, padding)
 
     def _adopt(self, codes: Codes, buffer: Tensor, buffer_len: int, padding: np.ndarray) -> Context:
         """Becomes a store of these; what attention reads of it. What fails has not happened."""
         num_tokens = codes.num_tokens + buffer_len
-        left_padding = left_padding_tensor(padding, buffer.device)
+        left_padding = self.left_padding
+        # In a decoding step it is what it was: on a device, making it would be a copy a layer.
+        if padding is not self.padding or buffer.device != self.device:
+            left_padding = left_padding_tensor(padding, buffer.device)
         may_have_empty = bool((padding == num_tokens).any())
         context = Context(codes, buffer[:, :, :, :buffer_len], left_padding, self.pair)
         # Nothing fails from here on.
