@@ -95,12 +95,14 @@ def test_merging_over_three_processes(tmp_path):
     mp.spawn(_run, args=(tmp_path / "store", tmp_path), nprocs=3)
     ranks = [torch.load(tmp_path / str(rank)) for rank in range(3)]
     q, k, v = torch.randn(3, 2, 4, 30, 8, generator=torch.Generator().manual_seed(0))
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
+    # In bf16 the parts, their merge and what it is compared with are rounded, each by 2^-9 of at most
+    # 3.
+    for dtype, rtol, atol in ((torch.float32, 1e-6, 1e-6), (torch.bfloat16, 0, 9 * 2**-9)):
         expected = _attention(q.to(dtype), k, v)
         for rank in ranks:
             out, lse = rank[str(dtype)]
             assert out.dtype == dtype
-            torch.testing.assert_close(out, expected[0], rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(out, expected[0], rtol=rtol, atol=atol)
             torch.testing.assert_close(lse, expected[1], rtol=1e-5, atol=1e-5)
             assert out.equal(ranks[0][str(dtype)][0])
     assert all(rank["heads"].equal(q[:, :3]) for rank in ranks)
