@@ -95,8 +95,7 @@ def test_merging_over_three_processes(tmp_path):
     mp.spawn(_run, args=(tmp_path / "store", tmp_path), nprocs=3)
     ranks = [torch.load(tmp_path / str(rank)) for rank in range(3)]
     q, k, v = torch.randn(3, 2, 4, 30, 8, generator=torch.Generator().manual_seed(0))
-    # In bf16 the parts, their merge and what it is compared with are rounded, each by 2^-9 of at most
-    # 3.
+    # In bf16 the parts, their merge and what it is compared with are rounded, by 2^-9 of at most 3.
     for dtype, rtol, atol in ((torch.float32, 1e-6, 1e-6), (torch.bfloat16, 0, 9 * 2**-9)):
         expected = _attention(q.to(dtype), k, v)
         for rank in ranks:

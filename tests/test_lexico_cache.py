@@ -98,6 +98,7 @@ def test_padding_is_coded_as_zeros_and_hidden(generator):
     assert relative_l2(out, expected) < 1e-5
     assert kvcore.hf.fallback_reasons() == {}
 
+
 def test_padding_is_not_made_again_for_every_step(generator):
     """On a device it would be a copy from the host for every layer."""
     layer = lexico_layer()
@@ -114,7 +115,6 @@ def test_padding_is_not_made_again_for_every_step(generator):
     assert layer.store.left_padding.tolist() == [7, 7]
     layer.crop(-55)
     assert layer.store.left_padding.tolist() == [5, 5]
-
 
 
 def test_sparsities_and_tolerances_are_of_k_and_v_apart(generator):
