@@ -161,10 +161,30 @@ def lexico(device: str) -> str:
     return _cases(device, "lexico")
 
 
+def evaluation(device: str) -> str:
+    """What `kvcore eval` found, a table for each model."""
+    from kvcore.eval import report as eval_report  # the other tables need no kvcore
+
+    result = load(device, "eval")
+    setup, lines = result["setup"], []
+    for model in result["models"]:
+        header, *rows = eval_report.rows(model)
+        lines += [f"**{model['model']}**", "", *table(header, rows), ""]
+        reasons = [f"{name}: {reason}" for name, reason in model["not_measured"].items()]
+        lines += ["; ".join(reasons), ""] if reasons else []
+    lines.append(
+        f"`{result['command']}`: seeds {', '.join(map(str, result['plan']['seeds']))}; kvcore "
+        f"{setup['kvcore']} at {setup['commit'][:10]}{' (modified)' * setup['modified']}, torch "
+        f"{setup['torch']}, transformers {setup['transformers']}, {setup['date']}. {result['note']}"
+    )
+    return "\n".join(lines)
+
+
 BLOCKS = {
     "turbo": turbo,
     "turbo_peers": turbo_peers,
     "demo": demo,
     "gdn": gdn,
     "lexico": lexico,
+    "eval": evaluation,
 }

@@ -94,14 +94,28 @@ def _turbo(device: str, path: pathlib.Path, metadata: dict[str, str]) -> None:
     pyplot.close(figure)
 
 
-PLOTS: dict[str, Callable[[str, pathlib.Path, dict[str, str]], None]] = {"turbo": _turbo}
+def _evaluation(name: str) -> Callable[[str, pathlib.Path, dict[str, str]], None]:
+    def draw(device: str, path: pathlib.Path, metadata: dict[str, str]) -> None:
+        from kvcore.eval import plots as drawn_by_eval
+
+        drawn_by_eval.PLOTS[name](load(device, "eval"), path, metadata)
+
+    return draw
+
+
+# By the names of the PNGs; up to its first hyphen a name is that of the JSON.
+PLOTS: dict[str, Callable[[str, pathlib.Path, dict[str, str]], None]] = {
+    "turbo": _turbo,
+    "eval": _evaluation("eval"),
+    "eval-needle": _evaluation("eval-needle"),
+}
 
 
 def _outdated() -> Iterator[tuple[str, str, pathlib.Path, str]]:
     for name in PLOTS:
-        for source in sorted(RESULTS.glob(f"*/{name}.json")):
+        for source in sorted(RESULTS.glob(f"*/{name.split('-')[0]}.json")):
             checksum = hashlib.sha256(source.read_bytes()).hexdigest()
-            path = source.with_suffix(".png")
+            path = source.with_name(f"{name}.png")
             if not path.exists() or source_of(path) != checksum:
                 yield name, source.parent.name, path, checksum
 

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 from kvcore import cli
 from kvcore.eval import mean_interval, pitfalls, plots, report, specs
 from kvcore.eval.caches import FULL, CacheChoice
-from kvcore.eval.peers import QuantizedChoice
+from kvcore.eval.peers import PressChoice, QuantizedChoice
 from kvcore.eval.run import Plan
 
 SMALL = [
@@ -53,6 +53,7 @@ def _eval(*argv):
         ("quantized:fp8", QuantizedChoice("fp8")),
         ("quantized:quanto2", QuantizedChoice("quanto", 2)),
         ("quantized:hqq4", QuantizedChoice("hqq", 4)),
+        ("kvpress:snapkv:0.5", PressChoice("snapkv", 0.5)),
     ],
 )  # fmt: skip
 def test_parse(spec, choice):
@@ -75,6 +76,13 @@ def test_parse(spec, choice):
         ("turbo:balance=maybe", "balance must be true or false, got 'maybe'"),
         ("lexico:k_tolerance=x", "k_tolerance must be a number, got 'x'"),
         ("lexico:0", r"cache lexico:0: k_sparsity must be an int in \[1, 64\], got 0"),
+        ("kvpress:snapkv", "cache must be one of: .*; got 'kvpress:snapkv'"),
+        (
+            "kvpress:magic:0.5",
+            "cache kvpress:magic:0.5: the method must be one of expected, .*'magic'",
+        ),
+        ("kvpress:snapkv:x", "kvpress:snapkv:x: the share must be a number, got 'x'"),
+        ("kvpress:snapkv:1", "the evicted share must lie between 0 and 1, got 1.0"),
         ("turbo:4,turbo:4", "cache turbo:4 is named twice"),
     ],
 )
@@ -86,7 +94,8 @@ def test_parse_rejects(spec, message):
 def test_default_caches_are_known():
     found = specs.parse_all(specs.DEFAULT)
     assert next(iter(found.values())) == FULL
-    assert {choice.kind for choice in found.values()} == {"full", "turbo", "lexico", "quantized"}
+    kinds = {choice.kind for choice in found.values()}
+    assert kinds == {"full", "turbo", "lexico", "quantized", "kvpress"} == set(plots.MARKERS)
 
 
 # ---- plans
@@ -184,6 +193,7 @@ def test_figures_of_each_cache(measured):
         assert checks[1]["rank_correlation"]["mean"] < 0.999
         assert all(len(c["recall_by_segment"]) == pitfalls.SEGMENTS for c in checks)
         assert {e["mean"] for e in checks[0]["k_error_by_segment"]} == {0}
+        assert {e["mean"] for c in checks for e in c["kept_by_segment"]} == {1}
         # The first page keeps 8 bits, and so does the last, which is not full.
         assert checks[1]["k_error_by_segment"][3]["mean"] > 0.1
 

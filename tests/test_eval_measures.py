@@ -1,7 +1,12 @@
 """What kvcore eval measures, against loops written out and figures computed by hand."""
 
+import contextlib
 import copy
+import importlib.metadata
 import math
+import re
+import sys
+import types
 
 import pytest
 import torch
@@ -16,7 +21,7 @@ import kvcore
 from kvcore.demo import models, tasks
 from kvcore.eval import CacheBytes, cache_bytes, pitfalls, recall, spearman, text
 from kvcore.eval.caches import FULL, CacheChoice
-from kvcore.eval.peers import QuantizedChoice
+from kvcore.eval.peers import PressChoice, QuantizedChoice, why_not
 
 TWO = CacheChoice(k_bits=2, v_bits=2)
 CONTEXT, SCORED = 150, 24
@@ -272,6 +277,7 @@ def test_stored_reads_the_cache_back(model, tokens):
     """Errors of K and V are those of what the layers themselves say they hold."""
     prompt = tokens[None, :400]
     full, four, two = pitfalls.stored(model, [FULL, CacheChoice(), TWO], prompt)
+    assert full.kept.tolist() == four.kept.tolist() == [1] * pitfalls.SEGMENTS
     assert full.k_error.tolist() == full.v_error.tolist() == [0] * pitfalls.SEGMENTS
     for choice, found in ((CacheChoice(), four), (TWO, two)):
         exact, cache = DynamicCache(config=model.config), choice.make(model)
@@ -298,3 +304,86 @@ def test_stored_reads_the_cache_back(model, tokens):
     # The first segment lies in the page that keeps 8 bits.
     assert two.k_error[0] == four.k_error[0] < 0.02
     assert (two.k_error > 3 * four.k_error)[1:].all()
+
+
+# ---- eviction
+
+
+class _Press:
+    """What kvpress's methods are: hooks that shorten the cache when the prompt has run."""
+
+    def __init__(self, compression_ratio):
+        self.ratio = compression_ratio
+
+    @contextlib.contextmanager
+    def __call__(self, model):
+        def evict(module, args, kwargs, output):
+            layer = kwargs["past_key_values"].layers[module.layer_idx]
+            length = kwargs["hidden_states"].shape[1]
+            if layer.keys.shape[2] == length:  # a prompt
+                cut = 10 + int(length * self.ratio)
+                layer.keys, layer.values = (
+                    torch.cat([x[:, :, :10], x[:, :, cut:]], 2) for x in (layer.keys, layer.values)
+                )
+
+        hooks = [
+            layer.self_attn.register_forward_hook(evict, with_kwargs=True)
+            for layer in model.model.layers
+        ]
+        yield
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.fixture
+def kvpress(monkeypatch):
+    """A stand-in, as kvpress itself is not for every version of transformers."""
+    module = types.ModuleType("kvpress")
+    module.SnapKVPress = _Press
+    monkeypatch.setitem(sys.modules, "kvpress", module)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["torch<3", "x"])
+
+
+def test_evicted_tokens_are_not_seen_and_the_others_stay_in_place(control, tokens, kvpress):
+    """One forward pass in which the tokens after the prompt do not see what was evicted."""
+    sample, choice = _draw(tokens), PressChoice("snapkv", 0.4)
+    evicted = int(CONTEXT * 0.4)
+    _, found = text.score(control, [FULL, choice], sample, chunk=7)
+    length = CONTEXT + 1 + SCORED
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    seen[CONTEXT:, 10 : 10 + evicted] = False
+    with torch.no_grad():
+        mask = seen.expand(2, 1, -1, -1)
+        scores = control(sample.tokens, attention_mask=mask, use_cache=False).logits.log_softmax(-1)
+        full = control(sample.tokens, use_cache=False).logits.log_softmax(-1)
+    at = slice(CONTEXT, -1)
+    nats = F.nll_loss(scores[:, at].mT, sample.tokens[:, CONTEXT + 1 :], reduction="none")
+    bits = nats.mean(1) / math.log(2)
+    assert found.bits_per_byte.tolist() == pytest.approx(bits.tolist(), rel=1e-4)
+    kl = F.kl_div(scores[:, at], full[:, at], log_target=True, reduction="none").sum(-1).mean(1)
+    assert found.kl.tolist() == pytest.approx(kl.tolist(), rel=1e-3)
+    assert found.kl.min() > 1e-3
+    assert found.bytes.kv == 2 * 4 * 2 * 2 * 64 * 4 * (CONTEXT + SCORED - evicted)
+
+
+def test_kept_counts_what_eviction_left(control, tokens, kvpress):
+    full, pressed = pitfalls.stored(control, [FULL, PressChoice("snapkv", 0.5)], tokens[None, :400])
+    assert full.kept.tolist() == [1] * 8
+    # 10 to 209 of 400 tokens in segments of 50 are gone.
+    assert pressed.kept.tolist() == pytest.approx([0.2, 0, 0, 0, 0.8, 1, 1, 1])
+    assert pressed.k_error.tolist() == [0] * 8
+
+
+def test_why_kvpress_cannot_be_had(control, monkeypatch):
+    choice = PressChoice("snapkv", 0.5)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["transformers<5,>=4.5"])
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.5")
+    reason = why_not(choice, control)
+    assert re.match(r"kvpress 0\.5 needs transformers<5,>=4\.5, and 5\.\S+ is installed", reason)
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", missing)
+    assert why_not(choice, control) == "kvpress is not installed; run pip install kvpress"
+    assert "full attention only, and there is linear" in why_not(choice, models.load("hybrid"))

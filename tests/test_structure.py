@@ -238,7 +238,8 @@ THIRD_PARTY = {
     # transformers requires numpy, safetensors, tokenizers and tqdm.
     "cache": {"numpy", "safetensors", "transformers"},
     "hf": {"transformers"},
-    "eval": {"matplotlib", "safetensors", "tqdm", "transformers"},
+    # packaging and tqdm are transformers' own requirements; kvpress is a peer to compare with.
+    "eval": {"kvpress", "matplotlib", "packaging", "tqdm", "transformers"},
     "lexico_training": {"safetensors", "tqdm"},
     "demo": {"matplotlib", "numpy", "safetensors", "tokenizers", "tqdm", "transformers"},
     "lm_harness": {"lm_eval", "tqdm"},

@@ -58,6 +58,7 @@ class CacheChoice:
     v_tolerance: float = 0.0
     buffer_tokens: int = 128
     encode_tokens: int = 32
+    evicts = False  # every token is kept
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

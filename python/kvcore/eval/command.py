@@ -25,11 +25,12 @@ def _print(model: dict[str, Any]) -> None:
     if "pairs" in model["caches"][0]:
         print(f"\nRecall in % against the number of pairs\n{report.pairs_table(model)}")
     if "needle" in model["caches"][0]:
-        missed = [row["cache"] for row in model["caches"] if report.worst(row["needle"]) < 1]
-        for cache in missed:
-            print(f"\nNeedles found in %, {cache}, depth by tokens")
-            print(report.needle_table(model, cache))
-        print(f"\nNeedles: {len(model['caches']) - len(missed)} caches found all.")
+        full, *others = (
+            (r["cache"], report.needle_table(model, r["cache"])) for r in model["caches"]
+        )
+        print(f"\nNeedles found in %, depth by tokens\n{full[0]}\n{full[1]}")
+        for cache, table in others:
+            print(f"{cache}: as {full[0]}" if table == full[1] else f"{cache}\n{table}")
 
 
 def main(

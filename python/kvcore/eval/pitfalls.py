@@ -11,10 +11,10 @@ has `SEGMENTS` groups of bindings, spread evenly over a text, and every binding 
   ranked by the log-probability of their answers; `by_segment` has what each segment loses.
 - The order of instructions matters: `order_effect`. Every prompt is run twice, its groups of
   bindings in one order and in the reverse, so that what is easy or hard about a binding cancels.
-- Eviction is biased towards some instructions: the paper counts the tokens that are kept of each.
-  Quantization and sparse codes keep all of them, but perhaps not equally well: `stored` has how far
-  K and V of each segment, as attention would read them, are from what the cache was given. This
-  asks nothing of the model but K and V.
+- Eviction is biased towards some instructions: the paper counts the tokens that are kept of each,
+  and so does `stored`, by segment. Quantization and sparse codes keep all of them, but perhaps not
+  equally well: `stored` also has how far K and V of each segment, as attention would read them, are
+  from what the cache was given. This asks nothing of the model but K and V.
 
 What cannot be checked here: instruction following itself, that a system prompt leaks (both take a
 model that follows instructions, and judges of its answers), and the paper's remedies, allow-lists
@@ -108,9 +108,10 @@ def unevenness(
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Relative L2 errors of K and V, read back: fp64 ``[SEGMENTS]``, the mean over the layers."""
+    """What is left of K and V, fp64 ``[SEGMENTS]``, the mean over the layers."""
 
-    k_error: Tensor
+    kept: Tensor  # share of the tokens of each head that are held at all
+    k_error: Tensor  # relative L2 error of what is held, read back
     v_error: Tensor
 
 
@@ -121,6 +122,30 @@ def _relative(found: Tensor, exact: Tensor) -> Tensor:
     return torch.tensor(errors, dtype=torch.float64)
 
 
+def _share_kept(k: Tensor, exact: Tensor) -> Tensor:
+    """Which tokens of `exact` have their keys in `k`, by segment."""
+    found = [
+        (row[:, None] == own).all(-1).any(1)  # [tokens]
+        for own, row in zip(k.flatten(0, 1), exact.flatten(0, 1), strict=True)
+    ]
+    parts = torch.stack(found).double().tensor_split(SEGMENTS, 1)
+    return torch.tensor([part.mean() for part in parts], dtype=torch.float64)
+
+
+def _read_back(layer: Any, exact: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The fields of `Stored`, of one layer."""
+    # What the next token would attend to; its own K and V are the last of it.
+    new = exact.keys[:, :, -1:], exact.values[:, :, -1:]
+    with torch.no_grad():
+        read = copy.deepcopy(layer).update(*new)
+    k, v = ((x + 0.0)[:, :, :-1].float() for x in read)
+    true_k, true_v = exact.keys.float(), exact.values.float()
+    if k.shape[2] < true_k.shape[2]:  # what is evicted is gone, and the others are as they were
+        zeros = torch.zeros(SEGMENTS, dtype=torch.float64)
+        return _share_kept(k, true_k), zeros, zeros
+    return torch.ones(SEGMENTS, dtype=torch.float64), _relative(k, true_k), _relative(v, true_v)
+
+
 def stored(model: Any, choices: Sequence[Any], tokens: Tensor) -> list[Stored]:
     """K and V of a prompt as each cache gives them back, against what it was given.
 
@@ -129,20 +154,20 @@ def stored(model: Any, choices: Sequence[Any], tokens: Tensor) -> list[Stored]:
         choices: the caches.
         tokens: int64 ``[batch, length]``, the prompt.
     """
-    prefilled = prefill(model, tokens.to(model.device))
+    tokens = tokens.to(model.device)
+    prefilled = prefill(model, tokens)
     found = []
     for choice in choices:
         cache = choice.make(model)
-        fill_from_prefill(cache, prefilled)
-        errors = []
-        for layer, exact in zip(cache.layers, prefilled.layers, strict=True):
-            if not isinstance(getattr(exact, "keys", None), Tensor):
-                continue  # of linear attention
-            # What the next token would attend to; its own K and V are the last of it.
-            new = exact.keys[:, :, -1:], exact.values[:, :, -1:]
-            with torch.no_grad():
-                read = copy.deepcopy(layer).update(*new)
-            k, v = ((x + 0.0)[:, :, :-1].float() for x in read)
-            errors.append((_relative(k, exact.keys.float()), _relative(v, exact.values.float())))
-        found.append(Stored(*(torch.stack(x).mean(0) for x in zip(*errors, strict=True))))
+        if choice.evicts:
+            with choice.attention(model), torch.no_grad():
+                model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        else:
+            fill_from_prefill(cache, prefilled)
+        columns = [
+            _read_back(layer, exact)
+            for layer, exact in zip(cache.layers, prefilled.layers, strict=True)
+            if isinstance(getattr(exact, "keys", None), Tensor)  # not of linear attention
+        ]
+        found.append(Stored(*(torch.stack(x).mean(0) for x in zip(*columns, strict=True))))
     return found

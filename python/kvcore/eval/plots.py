@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-MARKERS = {"full": "*", "turbo": "o", "lexico": "s", "quantized": "x"}
+MARKERS = {"full": "*", "turbo": "o", "lexico": "s", "quantized": "x", "kvpress": "^"}
 NO_MATPLOTLIB = "no plots: matplotlib is not installed (pip install matplotlib)"
 
 

@@ -67,11 +67,6 @@ class Prompts:
     def answers(self) -> Tensor:
         return self.tokens[:, self.query_positions + 1]
 
-    def num_tokens(self, num_caches: int) -> int:
-        """Tokens that `log_probs` runs through the model."""
-        prompts, length = self.tokens.shape
-        return prompts * (self.context_len + num_caches * (length - 1 - self.context_len))
-
 
 def prompt(text: Tensor, slots: Tensor, keys: Tensor, values: Tensor, order: Tensor) -> Tensor:
     """A text with binding i before its token ``slots[i]``, then the queries in their order.

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvcore.eval import pitfalls, recall, text
 from kvcore.eval.caches import FULL
 from kvcore.eval.peers import why_not
+from kvcore.eval.through import num_tokens
 
 MEASURES = ("text", "needle", "pairs", "pitfalls")
 MIN_SEEDS = 3
@@ -25,14 +26,14 @@ class Plan:
 
     measures: tuple[str, ...] = MEASURES
     seeds: int = 3
-    sequences: int = 8  # of text, for each seed
+    sequences: int = 6  # of text, for each seed
     context: int = 1024  # of text, prefilled
     scored: int = 256  # after it
-    prompts: int = 8  # of recall, for each seed and each setting
-    lengths: tuple[int, ...] = (512, 1024, 2048, 4096)  # of prompts with needles
+    prompts: int = 4  # of recall, for each seed and each setting
+    lengths: tuple[int, ...] = (512, 1024, 2048)  # of prompts with needles
     depths: int = 5
     pairs: tuple[int, ...] = (4, 16, 64)
-    pairs_length: int = 2048  # of prompts with pairs, and of those in several orders
+    pairs_length: int = 1024  # of prompts with pairs, and of those in several orders
     chunk: int = 32
     batch: int = 8
 
@@ -117,7 +118,7 @@ Job = tuple[str, Any, int, Callable[[Callable[[int], None]], list[Any]]]
 
 def _jobs(subject: Subject, choices: Sequence[Any], plan: Plan) -> Iterator[Job]:
     """Measure, setting, tokens that it takes, and what measures it, for every seed in turn."""
-    model, count = subject.model, len(choices)
+    model = subject.model
     sizes = {"chunk": plan.chunk, "batch": plan.batch}
     symbols = subject.symbols
     if symbols is None and set(plan.measures) - {"text"}:
@@ -129,7 +130,7 @@ def _jobs(subject: Subject, choices: Sequence[Any], plan: Plan) -> Iterator[Job]
         return (
             measure,
             setting,
-            asked.num_tokens(count),
+            num_tokens(asked.tokens, asked.context_len, choices),
             lambda step: run(model, choices, asked, on_step=step, **sizes),
         )
 
@@ -149,7 +150,7 @@ def _jobs(subject: Subject, choices: Sequence[Any], plan: Plan) -> Iterator[Job]
             yield (
                 "text",
                 None,
-                text.num_tokens(sample, count),
+                num_tokens(sample.tokens, sample.context_len, choices),
                 lambda step, s=sample: text.score(model, choices, s, on_step=step, **sizes),
             )
         if "needle" in plan.measures:

@@ -11,18 +11,19 @@ import re
 from typing import Any
 
 from kvcore.eval.caches import FULL, CacheChoice
-from kvcore.eval.peers import QuantizedChoice
+from kvcore.eval.peers import PRESSES, PressChoice, QuantizedChoice
 
 HELP = (
     "dynamic (the full cache); turbo:8, turbo:4, turbo:2, turbo:k4v2; lexico, or with its "
     "sparsities lexico:8, lexico:k7v4; quantized:fp8, quantized:quanto4, quantized:hqq4 (of "
-    "transformers). Settings follow as :NAME=VALUE, such as turbo:4:sink_pages=0"
+    f"transformers); kvpress:METHOD:SHARE, which evicts that share (METHOD is one of "
+    f"{', '.join(PRESSES)}). Settings follow as :NAME=VALUE, such as turbo:4:sink_pages=0"
 )
-KINDS = ("dynamic", "turbo", "lexico", "quantized")
 # What is measured unless caches are named: those of the demo, and transformers' own.
 DEFAULT = (
     "dynamic,turbo:8,turbo:4,turbo:k4v2,turbo:2,lexico:k11v5:buffer_tokens=48:encode_tokens=16,"
-    "lexico:k7v4:buffer_tokens=48:encode_tokens=16,quantized:fp8,quantized:quanto4,quantized:quanto2"
+    "lexico:k7v4:buffer_tokens=48:encode_tokens=16,quantized:fp8,quantized:quanto4,quantized:quanto2,"
+    "kvpress:snapkv:0.5,kvpress:streamingllm:0.5"
 )
 _TYPES = {"int": int, "int | None": int, "float": float, "bool": None}
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
@@ -63,6 +64,17 @@ def _pair(word: str, spec: str) -> tuple[int, int]:
     return int(k), int(v)
 
 
+def _press(name: str, share: str, spec: str) -> PressChoice:
+    try:
+        ratio = float(share)
+    except ValueError as error:
+        raise ValueError(f"cache {spec}: the share must be a number, got {share!r}") from error
+    try:
+        return PressChoice(name, ratio)
+    except ValueError as error:
+        raise ValueError(f"cache {spec}: {error}") from error
+
+
 def parse(spec: str, dictionaries: str | None = None) -> Any:
     """The cache that `spec` names.
 
@@ -81,6 +93,8 @@ def parse(spec: str, dictionaries: str | None = None) -> Any:
         match = re.fullmatch(r"(fp8)|(quanto|hqq)(\d+)", words[0])
         if match:
             return QuantizedChoice(match[1] or match[2], int(match[3]) if match[3] else None)
+    if kind == "kvpress" and len(words) == 2:
+        return _press(*words, spec)
     if kind not in ("turbo", "lexico"):
         raise ValueError(f"cache must be one of: {HELP}; got {spec!r}")
     sizes = _pair(words.pop(0), spec) if words and "=" not in words[0] else None

@@ -17,8 +17,14 @@ from torch import Tensor
 PAGE_TOKENS = 64  # of kvcore's stores
 
 
-def _forward(model: Any, tokens: Tensor, cache: Any, last_only: bool) -> Tensor:
+def _forward(
+    model: Any, tokens: Tensor, cache: Any, *, last_only: bool, begin: int | None = None
+) -> Tensor:
+    """With `begin`, the position of the first token, the cache's length says nothing of it."""
     kwargs = {}
+    if begin is not None:
+        stop = begin + tokens.shape[1]
+        kwargs["position_ids"] = torch.arange(begin, stop, device=tokens.device)[None]
     if last_only and "logits_to_keep" in inspect.signature(model.forward).parameters:
         kwargs["logits_to_keep"] = (
             1  # a prefill's logits over a large vocabulary outweigh the model
@@ -72,6 +78,7 @@ def stepwise_scores(
     chunk: int = 1,
     positions: Tensor | None = None,
     prefilled: Any | None = None,
+    evicts: bool = False,
     on_cache: Callable[[Any], None] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
@@ -94,6 +101,7 @@ def stepwise_scores(
             positions of the sequence (in ``[context_len, length - 2]``).
         prefilled: what `prefill` made of the first `context_len` tokens; the prompt is then not run
             again. See `fill_from_prefill` for when that is the same.
+        evicts: the cache may hold fewer tokens than it was given, so the model is told positions.
         on_cache: called with the filled cache at the end.
         on_step: called after each forward pass with the number of tokens it took.
 
@@ -137,13 +145,15 @@ def stepwise_scores(
         if prefilled is not None:
             fill_from_prefill(cache, prefilled)
         elif context_len:
-            _forward(model, tokens[:, :context_len], cache, last_only=True)
+            begin = 0 if evicts else None
+            _forward(model, tokens[:, :context_len], cache, last_only=True, begin=begin)
             if on_step is not None:
                 on_step(tokens.shape[0] * context_len)
         # What a cache is given first it may return exactly, however much it is.
         first = [] if context_len else [(0, 1)]
         for start, stop in [*first, *_steps(context_len or 1, length - 1, chunk)]:
-            logits = _forward(model, tokens[:, start:stop], cache, last_only=False)
+            begin = start if evicts else None
+            logits = _forward(model, tokens[:, start:stop], cache, last_only=False, begin=begin)
             logits = logits[:, keep[start:stop].to(logits.device)]
             kept.append(torch.log_softmax(logits.float(), dim=-1))
             if on_step is not None:

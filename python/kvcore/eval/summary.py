@@ -80,10 +80,10 @@ def _order(own: list[Any]) -> dict[str, Any]:
 
 
 def _stored(own: list[Any]) -> dict[str, Any]:
-    columns = {"k_error_by_segment": "k_error", "v_error_by_segment": "v_error"}
     return {
-        name: [mean_interval(x) for x in torch.stack([getattr(s, field) for s in own]).T]
-        for name, field in columns.items()
+        f"{name}_by_segment": [mean_interval(x) for x in torch.stack(columns).T]
+        for name in ("kept", "k_error", "v_error")
+        for columns in [[getattr(s, name) for s in own]]
     }
 
 

@@ -84,13 +84,6 @@ def draw(
     )
 
 
-def num_tokens(sample: TextSample, num_caches: int) -> int:
-    """Tokens that `score` runs through the model."""
-    sequences, length = sample.tokens.shape
-    steps = length - 1 - sample.context_len
-    return sequences * (sample.context_len + num_caches * steps)
-
-
 def score(
     model: Any,
     choices: Sequence[Any],

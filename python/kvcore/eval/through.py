@@ -26,8 +26,8 @@ def scored_parts(
     """Log-probabilities of each part of the sequences through each cache, one after the other.
 
     A prompt is attended exactly whatever the cache, so it is run once for all of them, `batch`
-    sequences at a time. What was yielded need not be kept: over a large vocabulary all scores of
-    all caches outweigh the model.
+    sequences at a time, and again for those that choose what to evict while it runs. What was
+    yielded need not be kept: over a large vocabulary all scores of all caches outweigh the model.
 
     Args:
         model: a causal language model of transformers in evaluation mode.
@@ -59,11 +59,19 @@ def scored_parts(
                     context_len=context_len,
                     chunk=chunk,
                     positions=positions,
-                    prefilled=prefilled,
+                    prefilled=None if choice.evicts else prefilled,
+                    evicts=choice.evicts,
                     on_step=on_step,
                     on_cache=None if on_cache is None else lambda c, i=index: on_cache(i, c),
                 )
             yield rows, index, scores.cpu()
+
+
+def num_tokens(tokens: Tensor, context_len: int, choices: Sequence[Any]) -> int:
+    """Tokens that `scored_parts` runs through the model."""
+    sequences, length = tokens.shape
+    prompts = 1 + sum(choice.evicts for choice in choices)
+    return sequences * (prompts * context_len + len(choices) * (length - 1 - context_len))
 
 
 def through_caches(
