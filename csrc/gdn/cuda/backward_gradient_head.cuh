@@ -28,7 +28,7 @@ struct RowSums {
 
 /// Sum of a tile's column pair over the 16 rows of a warp, to its place; first: for the first time.
 __device__ __forceinline__ void add_columns(float* columns, int n, float (&x)[2], bool first) {
-  const Lane lane = lane_of_warp();
+  const LaneIndex lane = lane_of_warp();
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
 #pragma unroll
@@ -50,8 +50,7 @@ struct GradientHead {
   int warp;
 
   __device__ float decay(int i, int j) const {
-    // Masked before the exponential, whose argument may be positive elsewhere.
-    return j <= i ? expf(smem.tokens.G[i] - smem.tokens.G[j]) : 0.0f;
+    return past_decay(j <= i, smem.tokens.G[i], smem.tokens.G[j]);
   }
   __device__ Block d_out_block(int block) const {
     return token_block(a, a.d_out, chunk, a.p.sizes.v_heads, head, dim_v(a), block);
@@ -70,7 +69,7 @@ struct GradientHead {
   __device__ void each_element(const F& f) const {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      const Lane lane = lane_of_warp();
+      const LaneIndex lane = lane_of_warp();
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         f(n, e, 16 * warp + row_of(lane, e), column_of(lane, n, e));
@@ -93,7 +92,7 @@ struct GradientHead {
     for (int n = 0; n < kTiles; ++n) {
       Tile scores;
       load_tile(p, warp, n, scores);
-      const Lane lane = lane_of_warp();
+      const LaneIndex lane = lane_of_warp();
       float column_sums[2] = {};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
@@ -121,7 +120,7 @@ struct GradientHead {
     for (int n = 0; n < kTiles; ++n) {
       Tile inverse;
       load_tile(x, warp, n, inverse);
-      const Lane lane = lane_of_warp();
+      const LaneIndex lane = lane_of_warp();
       float z_sums[2] = {}, x_sums[2] = {};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
@@ -159,7 +158,7 @@ struct GradientHead {
     // The ring's barriers lie between the last product with F and this.
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      const Lane lane = lane_of_warp();
+      const LaneIndex lane = lane_of_warp();
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int i = 16 * warp + row_of(lane, e), j = column_of(lane, n, e);
@@ -204,7 +203,7 @@ struct GradientHead {
       const Block dw = value_block(a, a.dw, index, block);
       const auto y = [&](int n, Tile& tile) {
         load_tile(dw, warp, n, tile);
-        const Lane lane = lane_of_warp();
+        const LaneIndex lane = lane_of_warp();
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           tile[e] *= -smem.tokens.exp_G[16 * warp + row_of(lane, e)];
@@ -253,7 +252,7 @@ struct GradientHead {
 
   /// 5, 6 and 8: dg, dbeta and the gate's parameters. Begins with a barrier.
   __device__ void tokens(RowSums& sums, int64_t slot) {
-    const Lane lane = lane_of_warp();
+    const LaneIndex lane = lane_of_warp();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float dG = warp_sum<4>(sums.dG[h]), dbeta = warp_sum<4>(sums.dbeta[h]);
@@ -328,7 +327,7 @@ struct GradientHead {
         a.dqk + ((slot * a.p.sizes.k_heads + k_head) * 2 + which) * kChunk * int64_t{dim_k(a)};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      const Lane lane = lane_of_warp();
+      const LaneIndex lane = lane_of_warp();
       if (column_of(lane, n, 0) >= left_in(dim_k(a), k_block)) break;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {

@@ -45,7 +45,7 @@ __device__ inline void store_keys(const BackwardArgs& a, const Chunk& chunk, int
     load(block, d, y);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      const Lane lane = lane_of_warp();
+      const LaneIndex lane = lane_of_warp();
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int i = 16 * warp + row_of(lane, e), j = column_of(lane, n, e);

@@ -17,9 +17,7 @@ void launch_prepare(const BackwardArgs& args) {
 }
 
 inline unsigned state_grid(const BackwardArgs& args) {
-  const Sizes& s = args.p.sizes;
-  return grid_of(
-      byte_count({args.table.sequences.num_seqs, s.v_heads, (s.v_dim + kChunk - 1) / kChunk}));
+  return head_slice_grid<kChunk>(args.table, args.p.sizes);
 }
 
 template <int kParts, int kMaxDim>

@@ -1,36 +1,10 @@
-// The parts of the backward that need no state: fp32 copies of the inputs, A and P of each chunk,
-// and at the end the sums of the gates' gradients.
+// The parts of the backward that need no state: A and P of each chunk, and at the end the sums of
+// the gates' gradients.
 #pragma once
 
 #include "gdn/cuda/backward_args.cuh"
 
 namespace kvcore::gdn::backward {
-
-struct CopyArgs {
-  DeviceRows from;
-  const float* factor;  // [batch, num_tokens, heads], may be null (ones)
-  int64_t num_tokens, heads;
-  int dim;
-  int64_t num_fours;  // of all channels
-  float* to;          // [batch, num_tokens, heads, dim]
-};
-
-/// grid: threads over runs of four channels.
-template <class T>
-__global__ void __launch_bounds__(kCopyThreads) copy_kernel(const __grid_constant__ CopyArgs a) {
-  const int64_t at = int64_t{blockIdx.x} * kCopyThreads + threadIdx.x;
-  if (at >= a.num_fours) return;
-  const int64_t row = at / (a.dim / 4);
-  const int channel = static_cast<int>(at % (a.dim / 4)) * 4;
-  const int64_t token = row / a.heads % a.num_tokens, batch_idx = row / a.heads / a.num_tokens;
-  float x[4];
-  load_channels<T>(a.from, a.from.head(batch_idx, row % a.heads) + token * a.from.token_stride,
-                   channel, x);
-  const float factor = a.factor != nullptr ? a.factor[row] : 1.0f;
-#pragma unroll
-  for (int c = 0; c < 4; ++c) x[c] *= factor;
-  store_channels(a.to + row * a.dim, channel, x);
-}
 
 constexpr int kPrepareSlots = 2;
 constexpr int kPrepareSmemBytes =
@@ -89,7 +63,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
   for (int n = 0; n < kTiles; ++n) {
     Tile inverse;
     load_tile(x, warp, n, inverse);
-    const Lane lane = lane_of_warp();
+    const LaneIndex lane = lane_of_warp();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int i = 16 * warp + lane.g + 8 * h, j = column_of(lane, n, 0);
@@ -97,8 +71,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const bool past = j + e <= i && i < chunk.num_tokens;
-        // Masked before the exponential, whose argument may be positive elsewhere.
-        const float decay = expf(past ? tokens.G[i] - tokens.G[j + e] : 0.0f);
+        const float decay = past_decay(past, tokens.G[i], tokens.G[j + e]);
         entries[0][e] = past ? inverse[2 * h + e] * decay * tokens.beta[j + e] : 0.0f;
         entries[1][e] = past ? scores[n][2 * h + e] * decay * a.p.scale : 0.0f;
       }

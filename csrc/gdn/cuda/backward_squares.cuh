@@ -1,48 +1,31 @@
 // Products of a warp over squares of kChunk x kChunk fp32 in shared memory: what the kernels of the
 // scan's backward are made of.
 //
-// A warp has 16 rows of sums, as D fragments of m16n8k8: tile n holds, in lane 4 g + t, row g
-// (elements 0, 1) and g + 8 (2, 3), columns 8 n + 2 t and + 1. The sums of one product are operand
-// A of the next as they are: the inner index is permuted so that 2 t and 2 t + 1 take the places of
-// t and t + 4, and B follows.
-//
-// kParts: operands are rounded to tf32 (1, for bf16 inputs: 2^-12 relative, an eighth of bf16's
-// rounding), or split into their tf32 and that of the rest, three of four pairs being multiplied
-// (2, for fp32 and fp16: 2^-22).
+// A warp has 16 rows of sums (fragments.cuh): tile n holds columns [8 n, + 8). kParts: operands
+// have one part (for bf16 inputs: an eighth of bf16's rounding) or two (for fp32 and fp16).
 #pragma once
 
-#include "core/cuda/convert.cuh"
-#include "core/cuda/copy.cuh"
-#include "core/cuda/mma.cuh"
-#include "core/cuda/recompute.cuh"
+#include "gdn/cuda/fragments.cuh"
 #include "gdn/cuda/heuristics.h"
-#include "gdn/layout.h"
+#include "gdn/cuda/panels.cuh"
 
 namespace kvcore::gdn::backward {
 
 constexpr int kWarps = kBackwardThreads / kWarpSize;
-constexpr int kTiles = kChunk / 8;
-constexpr int kUnitBytes = 16;
+constexpr int kTiles = kTokenTiles;
 static_assert(kWarps * 16 == kChunk);
 // Rows of a square in shared memory: the pairs that a warp reads from eight rows lie in different
 // banks.
 constexpr int kStride = kChunk + 8;
 constexpr int kSquareFloats = kChunk * kStride;
 
-using Tile = float[4];
 using Rows = Tile[kTiles];  // of a warp: [16, kChunk]
+using Block = gdn::Block<float>;
 
-struct Lane {
-  int g, t;
-};
-/// Computed anew wherever it is asked for: addresses that follow from it would fill the registers.
-__device__ __forceinline__ Lane lane_of_warp() {
-  const int lane = recompute(static_cast<int>(threadIdx.x)) % kWarpSize;
-  return {lane / 4, lane % 4};
-}
+__device__ __forceinline__ LaneIndex lane_of_warp() { return LaneIndex(recomputed_lane()); }
 /// Row, of 16, and column of element e of tile n.
-__device__ __forceinline__ int row_of(Lane lane, int e) { return lane.g + e / 2 * 8; }
-__device__ __forceinline__ int column_of(Lane lane, int n, int e) {
+__device__ __forceinline__ int row_of(LaneIndex lane, int e) { return lane.g + e / 2 * 8; }
+__device__ __forceinline__ int column_of(LaneIndex lane, int n, int e) {
   return 8 * n + 2 * lane.t + e % 2;
 }
 
@@ -54,35 +37,6 @@ __device__ __forceinline__ void clear(Rows& rows) {
   }
 }
 
-template <int kParts>
-struct OperandA {
-  uint32_t high[4], low[4];
-
-  __device__ __forceinline__ explicit OperandA(const Tile& d) {
-    const float x[4] = {d[0], d[2], d[1], d[3]};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      // Anew for each product: the parts of all tiles would not fit the registers.
-      const float own = __int_as_float(recompute(__float_as_int(x[i])));
-      high[i] = to_tf32(own);
-      if constexpr (kParts == 2) low[i] = to_tf32(own - __uint_as_float(high[i]));
-    }
-  }
-};
-
-template <int kParts>
-__device__ __forceinline__ void multiply_tile(Tile& sum, const OperandA<kParts>& a, float b0,
-                                              float b1) {
-  const uint32_t high[2] = {to_tf32(b0), to_tf32(b1)};
-  if constexpr (kParts == 2) {
-    const uint32_t low[2] = {to_tf32(b0 - __uint_as_float(high[0])),
-                             to_tf32(b1 - __uint_as_float(high[1]))};
-    mma_m16n8k8_tf32(sum, a.high, low);
-    mma_m16n8k8_tf32(sum, a.low, high);
-  }
-  mma_m16n8k8_tf32(sum, a.high, high);
-}
-
 /// What a square's rows stand for in a product: its columns (A * square^T), or what is summed over.
 enum class RowsAre { kColumns, kInner };
 
@@ -91,8 +45,8 @@ enum class RowsAre { kColumns, kInner };
 template <int kParts, RowsAre kRows>
 __device__ __forceinline__ void multiply_step(Tile* sums, const Tile& a, const float* square, int k,
                                               int first, int end) {
-  const OperandA<kParts> operand(a);
-  const Lane lane = lane_of_warp();
+  const Tf32A<kParts> operand(a);
+  const LaneIndex lane = lane_of_warp();
   const float* const own = kRows == RowsAre::kColumns
                                ? square + lane.g * kStride + 8 * k + 2 * lane.t
                                : square + (8 * k + 2 * lane.t) * kStride + lane.g;
@@ -101,9 +55,9 @@ __device__ __forceinline__ void multiply_step(Tile* sums, const Tile& a, const f
     if (n >= end) break;
     if constexpr (kRows == RowsAre::kColumns) {
       const float2 b = *reinterpret_cast<const float2*>(own + 8 * n * kStride);
-      multiply_tile<kParts>(sums[n - first], operand, b.x, b.y);
+      multiply_floats(sums[n - first], operand, b.x, b.y);
     } else {
-      multiply_tile<kParts>(sums[n - first], operand, own[8 * n], own[8 * n + kStride]);
+      multiply_floats(sums[n - first], operand, own[8 * n], own[8 * n + kStride]);
     }
   }
 }
@@ -154,17 +108,9 @@ __device__ __forceinline__ void multiply_triangle(Rows& x, const float* square) 
   }
 }
 
-/// A block of up to kChunk rows and columns of a matrix in memory; beyond are zeros. Columns are a
-/// multiple of 16, and addresses of 16 bytes.
-struct Block {
-  const float* first;
-  int64_t stride;
-  int rows, columns;
-};
-
 /// Tile n of the warp's rows [16 warp, + 16) of a block, from memory.
 __device__ __forceinline__ void load_tile(const Block& block, int warp, int n, Tile& tile) {
-  const Lane lane = lane_of_warp();
+  const LaneIndex lane = lane_of_warp();
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = 16 * warp + lane.g + 8 * h, column = column_of(lane, n, 0);
@@ -184,7 +130,7 @@ __device__ __forceinline__ void load_rows(const Block& block, int warp, Rows& ro
 /// Tile n of rows [16 warp, + 16) of a square in shared memory or, transposed, of these columns.
 template <bool kTransposed>
 __device__ __forceinline__ void read_tile(const float* square, int warp, int n, Tile& tile) {
-  const Lane lane = lane_of_warp();
+  const LaneIndex lane = lane_of_warp();
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
     const int row = 16 * warp + row_of(lane, e), column = column_of(lane, n, e);
@@ -194,7 +140,7 @@ __device__ __forceinline__ void read_tile(const float* square, int warp, int n, 
 __device__ __forceinline__ void write_rows(const Rows& rows, int warp, float* square) {
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
-    const Lane lane = lane_of_warp();
+    const LaneIndex lane = lane_of_warp();
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       square[(16 * warp + row_of(lane, e)) * kStride + column_of(lane, n, e)] = rows[n][e];
@@ -203,17 +149,10 @@ __device__ __forceinline__ void write_rows(const Rows& rows, int warp, float* sq
 }
 
 __device__ __forceinline__ void copy_block(float* square, const Block& block) {
-  constexpr int kUnits = kChunk / 4;  // of 16 bytes, in a row
-  constexpr int kAtOnce = kBackwardThreads / kUnits;
-  const int thread = recompute(static_cast<int>(threadIdx.x));
-  const int unit = thread % kUnits, own_row = thread / kUnits;
-#pragma unroll
-  for (int first = 0; first < kChunk; first += kAtOnce) {
-    const int row = first + own_row;
-    const bool valid = row < block.rows && 4 * unit < block.columns;
-    cp_async_16(square + row * kStride + 4 * unit,
-                valid ? block.first + row * block.stride + 4 * unit : block.first, valid);
-  }
+  constexpr int kUnits = kChunk * static_cast<int>(sizeof(float)) / kUnitBytes;
+  copy_units<kBackwardThreads, kUnits>(
+      static_cast<int>(recompute(threadIdx.x)), reinterpret_cast<uint8_t*>(square), block, 0,
+      [](int row, int byte) { return row * kStride * static_cast<int>(sizeof(float)) + byte; });
 }
 
 /// The squares that a CTA needs, one after the other: kHeld of them can be used, the others of

@@ -7,9 +7,8 @@
 // The CTA's warps share the squares of k, q, A and P, which come one after the other.
 #pragma once
 
-#include <type_traits>
-
 #include "gdn/cuda/backward_args.cuh"
+#include "gdn/cuda/head_slices.cuh"
 
 namespace kvcore::gdn::backward {
 
@@ -23,9 +22,7 @@ struct StateTask {
   int slice;
 
   /// First of the warp's value channels.
-  __device__ __forceinline__ int column() const {
-    return slice * kChunk + recompute(static_cast<int>(threadIdx.x)) / kWarpSize * 16;
-  }
+  __device__ __forceinline__ int column() const { return slice * kChunk + recomputed_warp() * 16; }
   /// The chunk's place in the window's arrays.
   __device__ __forceinline__ int64_t index(const BackwardArgs& a, int64_t idx) const {
     return window_index(a, sequence.first_slot + idx, head);
@@ -38,17 +35,15 @@ struct StateTask {
 };
 __device__ inline StateTask state_task(const BackwardArgs& a) {
   const Sizes& s = a.p.sizes;
-  const int num_slices = blocks_of(dim_v(a));
-  const int64_t head = blockIdx.x / num_slices % s.v_heads;
-  const int64_t seq = blockIdx.x / num_slices / s.v_heads;
+  const auto [seq, head, k_head, column] = head_slice<kChunk>(s);
   const Sequence sequence = sequence_at(a.table, seq);
   return {.state = (seq * s.v_heads + head) * s.k_dim * s.v_dim,
           .head = head,
-          .k_head = head / a.group,
+          .k_head = k_head,
           .sequence = sequence,
           .first = max(int64_t{0}, a.begin - sequence.first_slot),
           .end = min(sequence.num_chunks(), a.end - sequence.first_slot),
-          .slice = static_cast<int>(blockIdx.x % num_slices)};
+          .slice = static_cast<int>(column / kChunk)};
 }
 
 struct StateSmem {
@@ -85,7 +80,7 @@ class StateRows {
 #pragma unroll
     for (int n = 0; n < kMaxDim / 8; ++n) {
       if (8 * n >= dim_k(a)) break;
-      const Lane lane = lane_of_warp();
+      const LaneIndex lane = lane_of_warp();
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int64_t at = int64_t{column + lane.g + 8 * h} * dim_k(a) + column_of(lane, n, 0);
@@ -117,7 +112,7 @@ class StateRows {
     const int k_stride = v_first ? 1 : dim_v(a), v_stride = v_first ? dim_k(a) : 1;
 #pragma unroll
     for (int n = 0; n < kMaxDim / 8; ++n) {
-      const Lane lane = lane_of_warp();
+      const LaneIndex lane = lane_of_warp();
       // One address after the other: all of them would fill the registers.
       const int at = recompute((8 * n + 2 * lane.t) * k_stride + (column + lane.g) * v_stride);
 #pragma unroll
@@ -135,7 +130,7 @@ template <class F>
 __device__ __forceinline__ void each_value(Rows& rows, int column, int v_dim, const F& f) {
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
-    const Lane lane = lane_of_warp();
+    const LaneIndex lane = lane_of_warp();
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int token = column_of(lane, n, e);
@@ -146,21 +141,12 @@ __device__ __forceinline__ void each_value(Rows& rows, int column, int v_dim, co
 
 /// Tile n of the warp's value channels of a square of tokens, transposed.
 __device__ __forceinline__ void read_values(const float* square, int n, Tile& tile) {
-  read_tile<true>(square, recompute(static_cast<int>(threadIdx.x)) / kWarpSize, n, tile);
+  read_tile<true>(square, recomputed_warp(), n, tile);
 }
 __device__ __forceinline__ void store_values(const BackwardArgs& a, float* array, int64_t index,
                                              const StateTask& task, Rows& rows) {
   float* const first = array + index * kChunk * dim_v(a);
   each_value(rows, task.column(), dim_v(a), [&](float& x, int, int at) { first[at] = x; });
-}
-
-/// f<0>(), ..., f<kCount - 1>(), as constants: the state is in registers, which have no index.
-template <int kCount, int kFirst = 0, class F>
-__device__ __forceinline__ void for_each_block(const F& f) {
-  if constexpr (kFirst < kCount) {
-    f(std::integral_constant<int, kFirst>{});
-    for_each_block<kCount, kFirst + 1>(f);
-  }
 }
 
 /// States before the window's chunks, and W and U. Without `keep` only the state at its end.
@@ -211,7 +197,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardCtas)
     }
     Rows u;  // K S, then W, then U, in the same place
     clear(u);
-    for_each_block<kBlocks>([&](auto block) {
+    for_each_constant<kBlocks>([&](auto block) {
       if (block() * kChunk >= dim_k(a)) return;
       const float* const k = ring.next();
       if (has_columns()) state.template read<block()>(u, k, tiles_in(dim_k(a), block()));
@@ -223,7 +209,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardCtas)
       for (int n = 0; n < kTiles; ++n) {
         Tile tile;
         read_values(v, n, tile);
-        const Lane lane = lane_of_warp();
+        const LaneIndex lane = lane_of_warp();
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           u[n][e] = __fmaf_rn(-tokens.exp_G[column_of(lane, n, e)], u[n][e], tile[e]);
@@ -239,7 +225,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardCtas)
       each_value(u, 0, 0, [&](float& x, int token, int) { x *= tokens.rest[token]; });
       state.scale(tokens.exp_G[kChunk - 1]);
     }
-    for_each_block<kBlocks>([&](auto block) {
+    for_each_constant<kBlocks>([&](auto block) {
       if (block() * kChunk >= dim_k(a)) return;
       const float* const k = ring.next();
       if (has_columns()) state.template write<block()>(u, k, tiles_in(dim_k(a), block()));
@@ -303,7 +289,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardCtas)
     }
     Rows dw;  // K dS, then dU, then dW, in the same place
     clear(dw);
-    for_each_block<kBlocks>([&](auto block) {
+    for_each_constant<kBlocks>([&](auto block) {
       if (block() * kChunk >= dim_k(a)) return;
       const float* const k = ring.next();
       if (has_columns()) d_state.template read<block()>(dw, k, tiles_in(dim_k(a), block()));
@@ -335,7 +321,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardCtas)
       });
       d_state.scale(tokens.exp_G[kChunk - 1]);
     }
-    for_each_block<kBlocks>([&](auto block) {
+    for_each_constant<kBlocks>([&](auto block) {
       if (block() * kChunk >= dim_k(a)) return;
       const float* const k = ring.next();
       if (has_columns()) d_state.template write<block()>(dw, k, tiles_in(dim_k(a), block()));
@@ -347,7 +333,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardCtas)
       for (int n = 0; n < kTiles; ++n) read_values(square, n, dw[n]);
       each_value(dw, 0, 0, [&](float& x, int token, int) { x *= a.p.scale * tokens.exp_G[token]; });
     }
-    for_each_block<kBlocks>([&](auto block) {
+    for_each_constant<kBlocks>([&](auto block) {
       if (block() * kChunk >= dim_k(a)) return;
       const float* const q = ring.next();
       if (has_columns()) d_state.template write<block()>(dw, q, tiles_in(dim_k(a), block()));

@@ -1,7 +1,6 @@
 // gdn_chunk_scan on CUDA: what does not need the state for all chunks at once, then each sequence
 // from chunk to chunk.
 #include <optional>
-#include <type_traits>
 
 #include "core/cuda/grid.h"
 #include "core/cuda/launch.cuh"
@@ -11,7 +10,7 @@
 #include "gdn/cuda/chunk_scan_launch.h"
 #include "gdn/cuda/invalid_kernel.cuh"
 #include "gdn/cuda/operands.cuh"
-#include "gdn/cuda/pack_kernel.cuh"
+#include "gdn/cuda/pack.h"
 
 namespace kvcore::gdn {
 namespace {
@@ -32,20 +31,7 @@ class AlignedInput {
     if (count == 0 || has_aligned_units(x, DtypeOf<T>::value)) return;
     memory_.emplace(byte_count({count, sizeof(T)}));
     T* const to = reinterpret_cast<T*>(memory_->data());
-    const PackArgs args = {.from = device_rows(x),
-                           .num_tokens = s.num_tokens,
-                           .heads = heads,
-                           .num_channels = static_cast<int>(num_channels),
-                           .num_fours = count / 4};
-    const auto pack = [&](auto kernel) {
-      launch(kernel, grid_of((args.num_fours + kPackThreads - 1) / kPackThreads), kPackThreads, 0,
-             current_stream(), args, to);
-    };
-    if constexpr (std::is_same_v<T, float>) {
-      pack(x.dtype == Dtype::kFloat16 ? pack_kernel<Half, T> : pack_kernel<T, T>);
-    } else {
-      pack(pack_kernel<T, T>);
-    }
+    pack(x, nullptr, s, heads, num_channels, to);
     view_ = {.data = to,
              .dtype = DtypeOf<T>::value,
              .batch_stride = s.num_tokens * heads * num_channels,

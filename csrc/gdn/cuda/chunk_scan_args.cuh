@@ -42,9 +42,8 @@ struct ScanArgs {
 
 /// A head's tokens of a chunk.
 template <class T>
-__device__ __forceinline__ TokenRows<T> token_rows(const InputView& x, int64_t batch_idx,
-                                                   int64_t head, int64_t token, int num_tokens,
-                                                   int num_channels) {
+__device__ __forceinline__ Block<T> token_rows(const InputView& x, int64_t batch_idx, int64_t head,
+                                               int64_t token, int num_tokens, int num_channels) {
   return {static_cast<const T*>(x.data) + batch_idx * x.batch_stride + head * x.head_stride +
               token * x.token_stride,
           x.token_stride, num_tokens, num_channels};

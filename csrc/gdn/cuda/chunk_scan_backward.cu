@@ -9,6 +9,7 @@
 #include "gdn/cuda/backward_launch.h"
 #include "gdn/cuda/backward_prepare_kernel.cuh"
 #include "gdn/cuda/invalid_kernel.cuh"
+#include "gdn/cuda/pack.h"
 
 namespace kvcore::gdn {
 namespace backward {
@@ -30,19 +31,7 @@ class Fp32Copy : public Floats {
  public:
   Fp32Copy(const InputView& x, const float* factor, const Sizes& s, int64_t heads, int64_t dim)
       : Floats({s.batch, s.num_tokens, heads, dim}) {
-    const CopyArgs args = {.from = device_rows(x),
-                           .factor = factor,
-                           .num_tokens = s.num_tokens,
-                           .heads = heads,
-                           .dim = static_cast<int>(dim),
-                           .num_fours = s.batch * s.num_tokens * heads * dim / 4,
-                           .to = data()};
-    if (args.num_fours == 0) return;
-    dispatch_dtype(x.dtype, [&](auto type) {
-      launch(copy_kernel<typename decltype(type)::type>,
-             grid_of((args.num_fours + kCopyThreads - 1) / kCopyThreads), kCopyThreads, 0,
-             current_stream(), args);
-    });
+    pack(x, factor, s, heads, dim, data());
   }
 };
 
@@ -50,8 +39,7 @@ template <int kParts, int kMaxDim>
 void run(BackwardArgs& args, int64_t window_slots) {
   // States of more than 128 keys fill the registers, and spill with one part.
   constexpr int kStateParts = kMaxDim > 128 ? 2 : kParts;
-  const int64_t num_windows =
-      std::max<int64_t>((args.num_slots + window_slots - 1) / window_slots, 1);
+  const int64_t num_windows = std::max<int64_t>(ceil_div(args.num_slots, window_slots), 1);
   const auto enter = [&](int64_t window) {
     args.window = window;
     args.begin = window * window_slots;
@@ -96,7 +84,7 @@ void chunk_scan_backward(const ChunkScanBackwardParams& p) {
       s.k_heads * 8 * kChunk * s.k_dim;
   const int64_t window =
       backward_window(args.num_slots, slot_bytes, s.k_heads, device_properties().sm_count);
-  const int64_t num_windows = (args.num_slots + window - 1) / window;
+  const int64_t num_windows = ceil_div(args.num_slots, window);
 
   const bool normed = p.qk_l2norm;
   const Fp32Copy q(p.q, normed ? p.rstd : nullptr, s, s.k_heads, s.k_dim);
@@ -138,9 +126,8 @@ void chunk_scan_backward(const ChunkScanBackwardParams& p) {
       backward::run<is_bf16() ? 1 : 2, is_small() ? 128 : kMaxHeadDim>(args, window);
     });
   });
-  launch(backward::gate_sums_kernel<kCopyThreads>,
-         grid_of((s.v_heads + kCopyThreads - 1) / kCopyThreads), kCopyThreads, 0, current_stream(),
-         args);
+  launch(backward::gate_sums_kernel<kGateSumThreads>, grid_of(ceil_div(s.v_heads, kGateSumThreads)),
+         kGateSumThreads, 0, current_stream(), args);
   const int64_t states = p.sequences.num_seqs * s.v_heads * size;
   check.poison({{p.dq.data, p.dq.dtype, tokens * s.k_heads * s.k_dim},
                 {p.dk.data, p.dk.dtype, tokens * s.k_heads * s.k_dim},

@@ -56,7 +56,6 @@ struct SolveTask {
   int warp;
 
   __device__ int num_pairs() const { return warp + 1; }
-  __device__ static int lane_idx() { return recompute(static_cast<int>(threadIdx.x)) % kWarpSize; }
 
   /// Lower triangles of K K^T and Q K^T, and the factors of q and k.
   __device__ void products(Tile (&kk)[kTokenTiles], Tile (&qk)[kTokenTiles]) {
@@ -65,7 +64,7 @@ struct SolveTask {
     const auto rows_of = [&](const InputView& x) {
       return token_rows<T>(x, chunk.batch_idx, k_head, chunk.begin, chunk.num_tokens, k_dim);
     };
-    const TokenRows<T> q = rows_of(args.q), k = rows_of(args.k);
+    const Block<T> q = rows_of(args.q), k = rows_of(args.k);
     const auto copy = [&](int channel, int stage) {
       if (channel < k_dim) {
         copy_panel<kSolveThreads>(static_cast<int>(threadIdx.x), smem.panels[stage][0], q, channel);
@@ -86,15 +85,17 @@ struct SolveTask {
 #pragma unroll
       for (int step = 0; step < kPanelSteps; ++step) {
         if (first + step * Operand::kStepTiles * 8 >= k_dim) break;
-        const typename Operand::A q_rows = Operand::load(lane_idx(), panels[0], 16 * warp, step);
-        const typename Operand::A k_rows = Operand::load(lane_idx(), panels[1], 16 * warp, step);
+        const typename Operand::A q_rows =
+            Operand::load(recomputed_lane(), panels[0], 16 * warp, step);
+        const typename Operand::A k_rows =
+            Operand::load(recomputed_lane(), panels[1], 16 * warp, step);
 #pragma unroll
         for (int pair = 0; pair < kTokenTiles / 2; ++pair) {
           if (pair >= num_pairs()) break;
-          Operand::template multiply<Order::kNatural>(lane_idx(), qk, q_rows, panels[1], step,
-                                                      pair);
-          Operand::template multiply<Order::kNatural>(lane_idx(), kk, k_rows, panels[1], step,
-                                                      pair);
+          Operand::template multiply<Order::kNatural>(recomputed_lane(), qk, q_rows, panels[1],
+                                                      step, pair);
+          Operand::template multiply<Order::kNatural>(recomputed_lane(), kk, k_rows, panels[1],
+                                                      step, pair);
         }
       }
       __syncthreads();
@@ -120,7 +121,7 @@ struct SolveTask {
 
   /// G and beta: two tokens to a lane of the first two warps.
   __device__ void gates(int64_t head) {
-    const int lane = lane_idx();
+    const int lane = recomputed_lane();
     float value[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -166,7 +167,7 @@ struct SolveTask {
 
   /// L_ij = beta_i k_i k_j, j < i.
   __device__ void store_system(const Tile (&kk)[kTokenTiles]) {
-    const LaneIndex lane(lane_idx());
+    const LaneIndex lane(recomputed_lane());
 #pragma unroll
     for (int tile = 0; tile < kTokenTiles; ++tile) {
       if (tile >= 2 * num_pairs()) break;
@@ -185,7 +186,7 @@ struct SolveTask {
 
   /// A = (X * D) diag(beta), P = (Q K^T) * D with the factors of q and k.
   __device__ void store_triangles(const Tile (&qk)[kTokenTiles], ChunkRecord& record) const {
-    const LaneIndex lane(lane_idx());
+    const LaneIndex lane(recomputed_lane());
 #pragma unroll
     for (int tile = 0; tile < kTokenTiles; ++tile) {
       if (tile >= 2 * num_pairs()) break;
@@ -198,8 +199,7 @@ struct SolveTask {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const bool past = j + e <= i;
-          // Masked before the exponential, whose argument may be positive elsewhere.
-          const float decay = expf(past ? smem.G[i] - smem.G[j + e] : 0.0f);
+          const float decay = past_decay(past, smem.G[i], smem.G[j + e]);
           const float score = qk[tile][2 * h + e] * smem.factor[0][i] * smem.factor[1][j + e];
           a[e] = past ? Operand::rounded(inverse[e] * decay * smem.beta[j + e]) : 0.0f;
           p[e] = past ? Operand::rounded(score * decay) : 0.0f;

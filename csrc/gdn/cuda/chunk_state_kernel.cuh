@@ -8,9 +8,8 @@
 // is free.
 #pragma once
 
-#include <type_traits>
-
 #include "gdn/cuda/chunk_state_warp.cuh"
+#include "gdn/cuda/head_slices.cuh"
 
 namespace kvcore::gdn {
 
@@ -20,7 +19,7 @@ struct TokenSource {
   const T* first;
   int64_t stride;
 
-  __device__ TokenRows<T> rows(int64_t token, int num_tokens, int num_channels) const {
+  __device__ Block<T> rows(int64_t token, int num_tokens, int num_channels) const {
     return {first + token * stride, stride, num_tokens, num_channels};
   }
 };
@@ -58,11 +57,7 @@ struct StateSmem {
 template <class T>
 __device__ inline StateTask<T> state_task(const ScanArgs& args) {
   const Sizes& s = args.p.sizes;
-  const int64_t num_slices = (s.v_dim + kSliceColumns - 1) / kSliceColumns;
-  const int64_t column = blockIdx.x % num_slices * kSliceColumns;
-  const int64_t head = blockIdx.x / num_slices % s.v_heads;
-  const int64_t seq = blockIdx.x / num_slices / s.v_heads;
-  const int64_t k_head = head / (s.v_heads / s.k_heads);
+  const auto [seq, head, k_head, column] = head_slice<kSliceColumns>(s);
   const Sequence sequence = sequence_at(args.table, seq);
   const auto source = [&](const InputView& x, int64_t of_head) -> TokenSource<T> {
     return {static_cast<const T*>(x.data) + sequence.batch_idx * x.batch_stride +
@@ -181,15 +176,6 @@ class StepQueue {
   int copy_slot_ = 0;
 };
 
-/// f<0>(), ..., f<kCount - 1>(), as constants: the state is in registers, which have no index.
-template <int kCount, int kFirst = 0, class F>
-__device__ __forceinline__ void for_each_panel(const F& f) {
-  if constexpr (kFirst < kCount) {
-    f(std::integral_constant<int, kFirst>{});
-    for_each_panel<kCount, kFirst + 1>(f);
-  }
-}
-
 template <class Operand, int kMaxDim>
 __global__ void __launch_bounds__(kStateThreads)
     chunk_state_kernel(const __grid_constant__ ScanArgs args) {
@@ -226,7 +212,7 @@ __global__ void __launch_bounds__(kStateThreads)
       const ThreadIndex own = steps.next();
       if (!has_columns) continue;
       if (step < num_panels) {
-        for_each_panel<kPanels>([&](auto panel) {
+        for_each_constant<kPanels>([&](auto panel) {
           if (panel() != step) return;
           const uint8_t* const k = steps.panels();
           state.template read<panel()>(own.lane(), k, k + kPanelBytes, k_dim);
@@ -238,7 +224,7 @@ __global__ void __launch_bounds__(kStateThreads)
                         task.out + done * task.out_stride, task.out_stride, task.length - done);
         state.decay_state();
       } else {
-        for_each_panel<(kPanels + 1) / 2>([&](auto pair) {
+        for_each_constant<(kPanels + 1) / 2>([&](auto pair) {
           if (pair() != step - num_panels - 1) return;
           state.template write<2 * pair()>(own.lane(), smem.tiles, steps.panels(), k_dim);
         });

@@ -10,10 +10,8 @@ namespace kvcore::gdn {
 
 template <class Operand, int kMaxDim>
 void launch_chunk_state(const ScanArgs& args) {
-  const Sizes& s = args.p.sizes;
-  const int64_t num_slices = (s.v_dim + kSliceColumns - 1) / kSliceColumns;
   launch(chunk_state_kernel<Operand, kMaxDim>,
-         grid_of(byte_count({args.table.sequences.num_seqs, s.v_heads, num_slices})), kStateThreads,
+         head_slice_grid<kSliceColumns>(args.table, args.p.sizes), kStateThreads,
          sizeof(StateSmem<Operand>), current_stream(), args);
 }
 

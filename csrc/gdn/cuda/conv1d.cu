@@ -10,8 +10,6 @@
 namespace kvcore::gdn {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 ConvGrid grid_over(int64_t channels, int64_t num_tokens) {
   return {.channel_blocks = grid_of(ceil_div(channels, kConvThreads * kConvChannels)),
           .token_blocks = grid_of(ceil_div(num_tokens, kConvTokens)),

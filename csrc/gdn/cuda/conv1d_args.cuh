@@ -105,11 +105,7 @@ struct SequenceCursor {
   __device__ SequenceCursor(const SequenceTable& table, int64_t token)
       : cu_seqlens(table.sequences.cu_seqlens), seq(0), begin(0), end(table.num_tokens) {
     if (cu_seqlens == nullptr) return;
-    int64_t last = table.sequences.num_seqs;
-    while (last - seq > 1) {
-      const int64_t middle = (seq + last) / 2;
-      (cu_seqlens[middle] <= token ? seq : last) = middle;
-    }
+    seq = last_that(table.sequences.num_seqs, [&](int64_t i) { return cu_seqlens[i] <= token; });
     begin = cu_seqlens[seq];
     end = cu_seqlens[seq + 1];
   }

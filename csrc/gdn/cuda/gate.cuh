@@ -46,6 +46,12 @@ __device__ inline float log_decay(const DeviceGate& gate, int64_t batch_idx, int
   return -expf(gate.A_log[head]) * softplus(softplus_input(gate, batch_idx, head, token));
 }
 
+/// e^(G_i - G_j), the decay between tokens i and j of a chunk; where j is not past, its exponent
+/// may be positive, and 1 is returned.
+__device__ inline float past_decay(bool past, float G_i, float G_j) {
+  return expf(past ? G_i - G_j : 0.0f);
+}
+
 __device__ inline float write_strength(const DeviceGate& gate, int64_t batch_idx, int64_t head,
                                        int64_t token) {
   const float beta = gate_at(gate.beta, batch_idx, head, token);

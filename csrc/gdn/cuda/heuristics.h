@@ -67,7 +67,7 @@ constexpr int kBackwardStateSlots = 5;
 // be cut to more, which spills.
 constexpr int kBackwardCtas = 2;
 constexpr int kGradientSlots = 3;
-constexpr int kCopyThreads = 256;
+constexpr int kGateSumThreads = 256;
 
 // A window of chunks whose states are kept: enough for the parallel kernel to fill the device
 // kBackwardWaves times with the one CTA of a multiprocessor that shared memory is sure to have room

@@ -52,7 +52,7 @@ class SequenceCheck {
     constexpr int64_t kMaxCtas = 1024;  // most calls are valid: a few CTAs that return at once
     for (const auto& [out, count] : outputs) {
       if (count == 0) continue;
-      const int64_t ctas = std::min(kMaxCtas, (count + kCheckThreads - 1) / kCheckThreads);
+      const int64_t ctas = std::min(kMaxCtas, ceil_div(count, kCheckThreads));
       launch(poison_kernel<kCheckThreads>, grid_of(ctas), kCheckThreads, 0, current_stream(), out,
              count, is_valid_);
     }

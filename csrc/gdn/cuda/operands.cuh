@@ -1,36 +1,20 @@
 // Matrix products of a warp over panels, in bf16 or, for fp32, in tf32.
 //
-// Sums are D fragments, tiles of 16 rows and 8 columns, and a D fragment is the A fragment of the
-// next product as it is. In tf32 lane 4 g + t has its columns 2 t and 2 t + 1 where A has t and
-// t + 4. So columns that become tf32 operands stand for tokens, or channels, in the order 0 4 1 5 2
-// 6 3 7: as rows of B they are then in their own order, and come from memory by ldmatrix. In which
-// order tokens are columns is free: it is the order of the rows that ldmatrix is given.
-//
-// Tf32 of two parts splits a number into its tf32 and that of the rest, and multiplies three of the
-// four pairs: relative errors of 2^-22, as in fp32.
+// Columns that become tf32 operands (fragments.cuh) stand for tokens, or channels, in the order 0 4
+// 1 5 2 6 3 7: as rows of B they are then in their own order, and come from memory by ldmatrix. In
+// which order tokens are columns is free: it is the order of the rows that ldmatrix is given.
 #pragma once
 
-#include "core/cuda/convert.cuh"
-#include "core/cuda/mma.cuh"
-#include "core/cuda/recompute.cuh"
+#include "gdn/cuda/fragments.cuh"
 #include "gdn/cuda/panels.cuh"
 
 namespace kvcore::gdn {
 
-constexpr int kTileTokens = 8;
-constexpr int kTokenTiles = kChunk / kTileTokens;
 // Products over channels go in steps of 32 bytes of a panel's rows; a product with all tokens, in
 // blocks of 16 channels. Every head dim is a multiple of both.
 constexpr int kStepUnits = 2;
 constexpr int kPanelSteps = kRowUnits / kStepUnits;
 constexpr int kBlockChannels = 16;
-
-using Tile = float[4];
-
-struct LaneIndex {
-  int g, t;
-  __device__ __forceinline__ explicit LaneIndex(int lane) : g(lane / 4), t(lane % 4) {}
-};
 
 /// In which order tokens are the columns of tiles.
 enum class Order { kNatural, kTf32 };
@@ -50,55 +34,6 @@ __device__ __forceinline__ int step_offset(int row, int step, int unit) {
 }
 /// Element e of a tile in lane (g, t), in the order of tf32.
 __device__ __forceinline__ int tf32_column(LaneIndex lane, int e) { return lane.t + e % 2 * 4; }
-
-__device__ __forceinline__ void split_tf32(float x, uint32_t& high, uint32_t& low) {
-  high = to_tf32(x);
-  low = to_tf32(x - __uint_as_float(high));
-}
-
-/// An A fragment of tf32.
-template <int kParts>
-struct Tf32A {
-  uint32_t high[4], low[4];
-
-  Tf32A() = default;
-  /// Of a D fragment.
-  __device__ __forceinline__ explicit Tf32A(const Tile& d) { set(d[0], d[2], d[1], d[3]); }
-
-  __device__ __forceinline__ void set(float x0, float x1, float x2, float x3) {
-    const float x[4] = {x0, x1, x2, x3};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      // Anew for each product: the parts of several tiles would not fit the registers.
-      const float own = __int_as_float(recompute(__float_as_int(x[i])));
-      if constexpr (kParts == 2) {
-        split_tf32(own, high[i], low[i]);
-      } else {
-        high[i] = to_tf32(own);
-      }
-    }
-  }
-};
-
-/// sum += A * B. With one part B is tf32 already.
-template <int kParts>
-__device__ __forceinline__ void multiply_tf32(Tile& sum, const Tf32A<kParts>& a, uint32_t b0,
-                                              uint32_t b1) {
-  if constexpr (kParts == 1) {
-    mma_m16n8k8_tf32(sum, a.high, {b0, b1});
-  } else {
-    uint32_t high[2], low[2];
-    split_tf32(__uint_as_float(b0), high[0], low[0]);
-    split_tf32(__uint_as_float(b1), high[1], low[1]);
-    mma_m16n8k8_tf32(sum, a.high, low);
-    mma_m16n8k8_tf32(sum, a.low, high);
-    mma_m16n8k8_tf32(sum, a.high, high);
-  }
-}
-
-__device__ __forceinline__ float2 load_pair(const void* smem) {
-  return *static_cast<const float2*>(smem);
-}
 
 /// bf16 inputs: products with q and k in bf16, those with A and P in tf32.
 struct Bf16Operand {

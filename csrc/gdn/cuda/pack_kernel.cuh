@@ -1,5 +1,4 @@
-// Copies of inputs that the scan's kernels cannot read as they are: rows whose 16-byte units are
-// not aligned or have gaps, and fp16, which is computed with as fp32.
+// Contiguous copies of inputs.
 //
 // grid: kPackThreads threads, four channels each, over [batch, num_tokens, heads, channels].
 #pragma once
@@ -12,6 +11,7 @@ constexpr int kPackThreads = 256;
 
 struct PackArgs {
   DeviceRows from;
+  const float* factor;  // of each row, [batch, num_tokens, heads]; may be null: ones
   int64_t num_tokens, heads;
   int num_channels;
   int64_t num_fours;  // of all channels
@@ -29,6 +29,11 @@ __global__ void __launch_bounds__(kPackThreads)
   float x[4];
   load_channels<From>(args.from, args.from.head(batch_idx, head) + token * args.from.token_stride,
                       channel, x);
+  if (args.factor != nullptr) {
+    const float factor = args.factor[row];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) x[c] *= factor;
+  }
   store_channels(to + row * args.num_channels, channel, x);
 }
 

@@ -19,32 +19,39 @@ __device__ __forceinline__ int panel_offset(int row, int byte) {
   return row * kRowBytes + (byte ^ row % 8 * kUnitBytes);
 }
 
-/// Rows of a head's tokens in memory whose units are aligned.
+/// A block of up to kChunk rows of a matrix in memory whose units are aligned; beyond are zeros.
 template <class T>
-struct TokenRows {
-  const T* first;  // of the chunk
+struct Block {
+  const T* first;
   int64_t stride;
-  int num_tokens;    // further rows are zero
-  int num_channels;  // likewise
+  int rows, columns;
 };
 
-/// Starts to copy, with kThreads threads, channels [channel, channel + kRowBytes / sizeof(T)) into
-/// a panel.
-template <int kThreads, class T>
-__device__ __forceinline__ void copy_panel(int thread, uint8_t* panel, const TokenRows<T>& rows,
-                                           int channel) {
-  static_assert(kThreads % kRowUnits == 0 && kChunk * kRowUnits % kThreads == 0);
-  constexpr int kRowsAtOnce = kThreads / kRowUnits;
-  const int unit = thread % kRowUnits;
-  const int own_row = thread / kRowUnits;
-  const int own_channel = channel + unit * kUnitBytes / static_cast<int>(sizeof(T));
+/// Starts to copy, with kThreads threads, kUnits units of each row from a column on, to
+/// offset_of(row, byte).
+template <int kThreads, int kUnits, class T, class F>
+__device__ __forceinline__ void copy_units(int thread, uint8_t* to, const Block<T>& block,
+                                           int column, const F& offset_of) {
+  static_assert(kThreads % kUnits == 0 && kChunk * kUnits % kThreads == 0);
+  constexpr int kRowsAtOnce = kThreads / kUnits;
+  const int own_byte = thread % kUnits * kUnitBytes;
+  const int own_row = thread / kUnits;
+  const int own_column = column + own_byte / static_cast<int>(sizeof(T));
 #pragma unroll
   for (int first = 0; first < kChunk; first += kRowsAtOnce) {
     const int row = first + own_row;
-    const bool valid = row < rows.num_tokens && own_channel < rows.num_channels;
-    cp_async_16(panel + panel_offset(row, unit * kUnitBytes),
-                valid ? rows.first + row * rows.stride + own_channel : rows.first, valid);
+    const bool valid = row < block.rows && own_column < block.columns;
+    cp_async_16(to + offset_of(row, own_byte),
+                valid ? block.first + row * block.stride + own_column : block.first, valid);
   }
+}
+
+/// Channels [channel, channel + kRowBytes / sizeof(T)) into a panel.
+template <int kThreads, class T>
+__device__ __forceinline__ void copy_panel(int thread, uint8_t* panel, const Block<T>& tokens,
+                                           int channel) {
+  copy_units<kThreads, kRowUnits>(thread, panel, tokens, channel,
+                                  [](int row, int byte) { return panel_offset(row, byte); });
 }
 
 }  // namespace kvcore::gdn

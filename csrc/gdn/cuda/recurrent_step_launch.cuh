@@ -26,7 +26,7 @@ void launch_recurrent_step_tile(const RecurrentStepParams& p) {
       .num_accepted = p.num_accepted,
       .out = p.out,
       .group = static_cast<int>(s.v_heads / s.k_heads),
-      .num_tiles = static_cast<unsigned>((s.v_dim + kStepColumns - 1) / kStepColumns),
+      .num_tiles = static_cast<unsigned>(ceil_div(s.v_dim, kStepColumns)),
       .error_flags = error_flags(),
   };
   const int64_t held = std::min<int64_t>(s.num_tokens, kStepTokens);

@@ -47,23 +47,29 @@ __device__ inline Sequence sequence_at(const SequenceTable& table, int64_t seq) 
   return {0, begin, cu_seqlens[seq + 1] - begin, begin / kChunk + seq};
 }
 
+/// The last of `count` that `holds`, which is true of the first and of none behind one of which it
+/// is not.
+template <class F>
+__device__ inline int64_t last_that(int64_t count, const F& holds) {
+  int64_t last = 0;
+  while (count - last > 1) {
+    const int64_t middle = (last + count) / 2;
+    (holds(middle) ? last : count) = middle;
+  }
+  return last;
+}
+
 struct Chunk {
   int64_t batch_idx;
   int64_t begin;   // its first token
   int num_tokens;  // not positive: the slot is empty
 };
 __device__ inline Chunk chunk_of_slot(const SequenceTable& table, int64_t slot) {
-  int64_t seq = 0;
-  if (table.sequences.cu_seqlens == nullptr) {
-    seq = slot / table.chunks_per_seq;
-  } else {
-    // The last sequence that begins at the slot or before it.
-    int64_t end = table.sequences.num_seqs;
-    while (end - seq > 1) {
-      const int64_t middle = (seq + end) / 2;
-      (table.sequences.cu_seqlens[middle] / kChunk + middle <= slot ? seq : end) = middle;
-    }
-  }
+  const int32_t* cu_seqlens = table.sequences.cu_seqlens;
+  const int64_t seq = cu_seqlens == nullptr ? slot / table.chunks_per_seq
+                                            : last_that(table.sequences.num_seqs, [&](int64_t i) {
+                                                return cu_seqlens[i] / kChunk + i <= slot;
+                                              });
   const Sequence s = sequence_at(table, seq);
   const int64_t done = (slot - s.first_slot) * kChunk;
   return {s.batch_idx, s.begin + done, static_cast<int>(min(int64_t{kChunk}, s.length - done))};

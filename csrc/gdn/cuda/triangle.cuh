@@ -45,7 +45,7 @@ __device__ __forceinline__ void multiply_square(Tile& sum, const Tf32A<2>& a, co
                                                 int row, int column) {
   const LaneIndex lane(static_cast<int>(threadIdx.x) % kWarpSize);
   const float* const at = square + (row + 2 * lane.t) * kSquareStride + column + lane.g;
-  multiply_tf32<2>(sum, a, __float_as_uint(at[0]), __float_as_uint(at[kSquareStride]));
+  multiply_floats(sum, a, at[0], at[kSquareStride]);
 }
 
 /// The block below two inverted blocks of kSize that begin at `first`: rows [16 row_tile, + 16) and
