@@ -173,8 +173,8 @@ class StateWarp {
   // computed out lies in shared memory, from where a half of it comes at once.
   static constexpr bool kParksOut = kMaxDim > 128;
   static constexpr int kOutTiles = kParksOut ? kTokenTiles / 2 : kTokenTiles;
-  // Sums of U at once: independent chains of products.
-  static constexpr int kSolveTiles = 4;
+  // Sums of U at once: independent chains of products, as many as registers are left for.
+  static constexpr int kSolveTiles = kParksOut ? 2 : 4;
 
   /// Loads that follow do not move up before it. Where registers are scarce, the compiler would
   /// fill them with operands of later products, and spill others.

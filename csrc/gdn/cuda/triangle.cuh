@@ -3,7 +3,7 @@
 // X = (I + L)^-1, L strictly lower triangular. Diagonal blocks of 16 are solved column by column, a
 // thread each. Then twice, for blocks of 16 and of 32: the inverse of [[a, 0], [l, b]] has
 // -(b^-1 l) a^-1 below its diagonal blocks. b^-1 l stays in registers, as the A fragment of the
-// second product. Everything is fp32, or tf32 in two parts, which is as exact.
+// second product. Everything is fp32, or tf32 in two parts, which is nearly as exact.
 #pragma once
 
 #include "gdn/cuda/operands.cuh"
