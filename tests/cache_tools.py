@@ -59,6 +59,13 @@ each_fine_layer = pytest.mark.parametrize(
 )
 
 
+class Module(torch.nn.Module):
+    """What an attention function is told of the layer that calls it."""
+
+    is_causal = True
+    num_key_value_groups = 2
+
+
 def stored(layer):
     """K and V as any reader of the layer gets them, ``[2, batch, heads, tokens, head_dim]``."""
     return torch.stack([layer.keys.clone(), layer.values.clone()])

@@ -2,12 +2,17 @@
 
 import dataclasses
 
+import pytest
 import torch
 
 import cases
 import kvcore
-from cases import normal
+from cases import F32, normal
+from compare import assert_close
 from kvcore.reference import lexico
+
+CODES = ("indices", "coefficients", "scale", "residual")
+GOALS = pytest.mark.parametrize(("sparsity", "share"), [(8, 0.995), (16, 0.995), (32, 0.98)])
 
 
 def make_dictionary(atoms, head_dim, seed=7):
@@ -138,3 +143,32 @@ def changed(name, where, value):
         return {name: tensor}
 
     return change
+
+
+def same_support(actual, expected):
+    """Share of the vectors whose codes name the same set of atoms."""
+    a, e = (x.long().sort(-1).values for x in (actual, expected))
+    return (a == e).all(-1).float().mean().item()
+
+
+def assert_same_codes(actual, expected, x, dictionary, share=0.995):
+    """Codes of one specification.
+
+    Few vectors may have two atoms that are equally good to fp32 rounding, and then other
+    coefficients; how well they are explained must be the same.
+    """
+    for a, e, name in zip(actual, expected, CODES, strict=True):
+        assert (a.shape, a.dtype) == (e.shape, e.dtype), name
+    actual = [a.cpu() for a in actual]
+    assert same_support(actual[0], expected[0]) >= share
+    assert_close(actual[3], expected[3], rtol=1e-3, atol=1e-5, name="residual")
+    assert torch.equal(actual[2].isnan(), expected[2].isnan())
+    same = (actual[0] == expected[0]).all(-1)
+    if actual[1].dtype == F32:
+        bound = 1e-4 * expected[1].abs().amax(-1, keepdim=True)
+        assert ((actual[1] - expected[1]).abs() <= bound)[same].all()
+    elif actual[1].dtype == torch.int8:
+        # A coefficient half way between two codes may be rounded to either.
+        assert ((actual[1].int() - expected[1].int()).abs() <= 1)[same].all()
+        assert (actual[1] == expected[1])[same].float().mean() >= 0.99
+    assert_close(actual[2].float()[same], expected[2].float()[same], rtol=2e-3, atol=6e-8)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import kvcore.hf
-from cache_tools import FailingAllocation, each_fine_layer, each_layer, random_kv
+from cache_tools import FailingAllocation, Module, each_fine_layer, each_layer, random_kv
 from compare import relative_l2
 from kvcore.cache import TurboSettings
 from kvcore.cache.layer import CompressedLayer
@@ -37,11 +37,6 @@ def padded(layer: CompressedLayer, tokens=100, seed=0) -> CompressedLayer:
 
 def static_layer():
     return StaticTurboLayer(TurboSettings(), PaddingTracker(), max_cache_len=192)
-
-
-class Module(torch.nn.Module):
-    is_causal = True
-    num_key_value_groups = 2
 
 
 @each_layer

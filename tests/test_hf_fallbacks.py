@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import kvcore.hf
-from cache_tools import each_fine_layer, random_kv
+from cache_tools import Module, each_fine_layer, random_kv
 from compare import relative_l2
 from hf_models import (
     check_logits,
@@ -91,11 +91,6 @@ def test_a_banded_mask_falls_back(make_cache):
             out = net(ids[:, 100:], attention_mask=banded[:, :, 100:], past_key_values=cache)
         full = net(ids, attention_mask=banded).logits
     assert relative_l2(out.logits, full[:, 100:]) < 0.015
-
-
-class Module(torch.nn.Module):
-    is_causal = True
-    num_key_value_groups = 2
 
 
 def attention_case(make_layer, q_len=1):

@@ -9,8 +9,7 @@ import kvcore
 from cases import BF16, DTYPES, F32, HEAD_DIMS, normal
 from compare import assert_bitwise_equal
 from kvcore.reference import lexico
-from lexico_cases import make_dictionary
-from test_lexico_codes import GOALS, NAMES, assert_same_codes, same_support
+from lexico_cases import CODES, GOALS, assert_same_codes, make_dictionary, same_support
 
 each_device_backend = pytest.mark.parametrize(
     "backend", [p for p in cases.BACKENDS if p.values[0] != cases.CPU]
@@ -23,7 +22,7 @@ def encode(backend, x, dictionary, gram=None, **arguments):
 
 
 def assert_same_bits(actual, expected, what):
-    for a, e, name in zip(actual, expected, NAMES, strict=True):
+    for a, e, name in zip(actual, expected, CODES, strict=True):
         assert_bitwise_equal(a, e, f"{name} of {what}")
 
 
