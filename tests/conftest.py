@@ -85,6 +85,6 @@ def restored_models(no_fallback_reasons):
     import kvcore.hf
 
     yield
-    for name in hf_models.NAMES:
+    for name in (*hf_models.NAMES, hf_models.SLIDING):
         kvcore.hf.disable(hf_models.model(name))
         hf_models.model(name).set_attn_implementation("sdpa")

@@ -19,6 +19,8 @@ HAS_HYBRIDS = version.parse(transformers.__version__) >= version.parse("5.8")
 needs_hybrids = pytest.mark.skipif(not HAS_HYBRIDS, reason="transformers before 5.8")
 NAMES = ("llama", "qwen3", "qwen3_next") if HAS_HYBRIDS else ("llama", "qwen3")
 HYBRID_NAMES = NAMES[2:]
+# A layer with a sliding window of so many tokens, and one without.
+SLIDING, WINDOW = "qwen3_sliding", 32
 VOCAB = 96
 # Left padding of a batch of three.
 PADDING = (0, 17, 90)
@@ -57,6 +59,10 @@ _LINEAR = {
 def config(name, **arguments):
     if name == "qwen3_next":
         return Qwen3NextConfig(**{**_COMMON, **_LINEAR, **arguments})
+    if name == SLIDING:
+        sliding = {"use_sliding_window": True, "sliding_window": WINDOW}
+        types = {"layer_types": ["sliding_attention", "full_attention"]}
+        return Qwen3Config(**{**_COMMON, **sliding, **types, **arguments})
     kind = {"llama": LlamaConfig, "qwen3": Qwen3Config}[name]
     return kind(**{**_COMMON, **arguments})
 

@@ -253,6 +253,28 @@ def test_reset_returns_the_memory_and_calibrates_again(generator):
 
 
 @each_layer
+def test_offloaded_tokens_come_back(make_layer, generator, device):
+    """On one device nothing moves; the calls are the same."""
+    layer, other = make_layer(), make_layer()
+    for tokens in (50, 60, 1, 1, 30):
+        k, v = (x.to(device) for x in random_kv(generator, 2, tokens))
+        for each in (layer, other):
+            each.update(k, v)
+        layer.offload()
+        moved = [x for kind, xs in layer.tensors().items() if kind != "session" for x in xs]
+        assert {x.device.type for x in moved} == {"cpu"}
+        if tokens == 1:
+            layer.reorder_cache(torch.tensor([1, 0]))
+            other.reorder_cache(torch.tensor([1, 0]))
+        assert torch.equal(stored(layer), stored(other))
+        assert {x.device.type for xs in layer.tensors().values() for x in xs} == {device.type}
+        layer.offload()
+    layer.crop(-35)
+    other.crop(-35)
+    assert torch.equal(stored(layer), stored(other))
+
+
+@each_layer
 def test_sizes(make_layer, generator):
     layer = make_layer()
     assert (layer.get_seq_length(), layer.get_max_length()) == (0, -1)

@@ -1,4 +1,4 @@
-"""TurboCache: which layer is of which kind, how much memory they take, lazy imports."""
+"""Which layer is of which kind, how much memory they take, lazy imports."""
 
 import subprocess
 import sys
@@ -11,6 +11,7 @@ import kvcore.hf
 from cache_tools import (
     held_storages,
     hybrid_config,
+    lexico_layer,
     plain_config,
     random_kv,
     turbo_layer,
@@ -62,15 +63,18 @@ def test_unsupported_head_dim_stays_exact():
 
 
 @pytest.mark.parametrize(
-    ("k_dim", "v_dim", "dtype", "reason"),
+    ("make_layer", "k_dim", "v_dim", "dtype", "reason"),
     [
-        (64, 128, torch.float32, "unsupported different K and V"),
-        (48, 48, torch.float32, "unsupported head_dim"),
-        (64, 64, torch.float64, "unsupported dtype"),
+        (turbo_layer, 64, 128, torch.float32, "unsupported different K and V"),
+        (turbo_layer, 48, 48, torch.float32, "unsupported head_dim"),
+        (turbo_layer, 64, 64, torch.float64, "unsupported dtype"),
+        # There are no dictionaries of another head_dim.
+        (lexico_layer, 64, 128, torch.float32, "unsupported different K and V"),
+        (lexico_layer, 64, 64, torch.float64, "unsupported dtype"),
     ],
 )
-def test_what_has_no_kernel_is_kept_exactly(generator, k_dim, v_dim, dtype, reason):
-    layer = turbo_layer()
+def test_what_has_no_kernel_is_kept_exactly(generator, make_layer, k_dim, v_dim, dtype, reason):
+    layer = make_layer()
     k = torch.randn(2, 2, 200, k_dim, generator=generator, dtype=dtype)
     v = torch.randn(2, 2, 200, v_dim, generator=generator, dtype=dtype)
     with pytest.warns(RuntimeWarning, match=reason):
