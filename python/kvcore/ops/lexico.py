@@ -44,8 +44,9 @@ def lexico_encode(
         sparsity: atoms of a code, at most 64, head_dim and atoms.
         tolerance: stop earlier when the residual's norm is at most this times the vector's;
             0 always takes ``sparsity`` atoms (fewer only where they explain the vector exactly).
-        dtype: of the coefficients: int8, float8_e4m3fn, or float32, which are not rounded and have
-            the scale 1.
+        dtype: of the coefficients: int8, which alone the store takes; for export and
+            :func:`lexico_reconstruct` also float8_e4m3fn, or float32, which are not rounded and
+            have the scale 1.
         check_values: on devices, synchronise and check the norms of the atoms.
 
     Returns:
