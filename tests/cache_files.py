@@ -1,6 +1,8 @@
 """What the tests of cache files share: caches to save, and files that were changed."""
 
+import dataclasses
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,10 +10,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import hf_models
+import kvcore
 import kvcore.hf
 from cache_tools import random_kv
-from hf_models import HYBRID_NAMES, dictionaries, lexico_cache, model, prompt
-from kvcore.cache import LexicoCache, TurboCache
+from hf_models import HYBRID_NAMES, NAMES, dictionaries, lexico_cache, model, prompt
+from kvcore.cache import (
+    CacheFileError,
+    Dictionaries,
+    DictionaryFileError,
+    LexicoCache,
+    TurboCache,
+)
 from kvcore.cache.safe_file import digest
 
 SAVED = ("llama", *HYBRID_NAMES)
@@ -62,12 +71,16 @@ def check_decoding_continues(path, name, tokens, cache, load):
     return other
 
 
-def rewrite(source, target, change, *, sign=True):
-    """Writes a changed copy of a file, by default with a digest that is right again."""
+def rewrite(source, target, change, *, sign=True, names=("model", "settings", "layers")):
+    """Writes a changed copy of a file, by default with a digest that is right again.
+
+    ``change`` gets the metadata, those of ``names`` as objects, which go back into it, and the
+    tensors.
+    """
     with safe_open(source, framework="pt") as file:
         metadata = dict(file.metadata())
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    parts = {name: json.loads(metadata[name]) for name in ("model", "settings", "layers")}
+    parts = {name: json.loads(metadata[name]) for name in names}
     change(metadata, parts, tensors)
     for name, part in parts.items():
         if name in metadata and part is not None:
@@ -97,16 +110,71 @@ def save_all_lexico(folder):
     return folder
 
 
-# Who saves, who loads, and the names of the files.
+def save_all_dictionaries(folder):
+    """Dictionaries of every model."""
+    for name in NAMES:
+        dictionaries(name).save(folder / name)
+    return folder
+
+
+def load_dictionaries(path, name):
+    return Dictionaries.load(path)
+
+
+def use_cache(cache):
+    """Every layer that holds tokens reads as many, and takes more."""
+    for layer in cache.compressed_layers():
+        if layer.keys is not None:
+            assert layer.keys.clone().shape[2] == int(layer.get_seq_length())
+            batch, dtype = layer.batch_size, layer.dtype
+            more = torch.zeros(batch, 2, 70, 64, dtype=dtype)
+            layer.update(more, more)
+
+
+def use_dictionaries(loaded):
+    for layer in loaded.layers:
+        for atoms in loaded[layer]:
+            x = torch.ones(1, 1, 3, loaded.head_dim)
+            kvcore.lexico_encode(x, atoms, sparsity=loaded.sparsity)
+
+
+@dataclasses.dataclass(frozen=True)
+class FileFamily:
+    """Files of one kind."""
+
+    save_all: Callable  # into a folder
+    load: Callable  # a file, of a model
+    names: tuple[str, ...]  # of the files
+    parts: tuple[str, ...]  # of the metadata
+    error: type[Exception]
+    use: Callable  # whatever a file gave
+
+
+CACHE_PARTS = ("settings", "model", "layers")
 FAMILIES = {
-    "turbo": (save_all, load, (*SAVED, "exact")),
-    "lexico": (save_all_lexico, load_lexico, (*SAVED, "exact", "long")),
+    "turbo": FileFamily(save_all, load, (*SAVED, "exact"), CACHE_PARTS, CacheFileError, use_cache),
+    "lexico": FileFamily(
+        save_all_lexico,
+        load_lexico,
+        (*SAVED, "exact", "long"),
+        CACHE_PARTS,
+        CacheFileError,
+        use_cache,
+    ),
+    "dictionaries": FileFamily(
+        save_all_dictionaries,
+        load_dictionaries,
+        NAMES,
+        ("model", "dictionaries", "notes"),
+        DictionaryFileError,
+        use_dictionaries,
+    ),
 }
 
 
 def model_of(file):
     """The model that a file of `save_all` is of."""
-    return file if file in SAVED else "llama"
+    return file if file in NAMES else "llama"
 
 
 # ---- changes of a file, for `rewrite`

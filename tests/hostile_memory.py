@@ -1,10 +1,13 @@
-"""Memory that ends where it ends: tensors beside pages that nobody may touch."""
+"""Tensors where they are hard to read: beside pages that nobody may touch, far apart."""
 
 import ctypes
 import mmap
 
+import pytest
 import torch
 from torch import Tensor
+
+from compare import assert_bitwise_equal
 
 _PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -44,3 +47,39 @@ def guarded_all(values, edge: str = "end", *, readonly: bool = False):
     if isinstance(values, (list, tuple)):
         return type(values)(guarded_all(v, edge, readonly=readonly) for v in values)
     return guarded(values, edge, readonly=readonly) if isinstance(values, Tensor) else values
+
+
+each_edge = pytest.mark.parametrize("edge", ["start", "end"])
+
+
+def flat(results):
+    return results if isinstance(results, tuple) else (results,)
+
+
+def assert_same(actual, expected, name=""):
+    for i, (a, e) in enumerate(zip(flat(actual), flat(expected), strict=True)):
+        assert_bitwise_equal(a, e, f"{name} result {i}")
+
+
+def assert_reads_inputs_only(op, args, kwargs, edge):
+    """The result is that of tensors which end where they end, and which cannot be written."""
+    expected = op(*args, **kwargs)
+    fenced = guarded_all(args, edge, readonly=True)
+    assert_same(op(*fenced, **kwargs), expected)
+
+
+FAR = 2**31 + 64
+
+
+def far_apart(x, dim):
+    """The values of x, neighbours along one dimension 2^31 elements away at least in all."""
+    stride = -(-FAR // max(1, x.shape[dim] - 1))
+    # Pages that hold no value are never touched, and so take no memory.
+    strides = [0] * 4
+    inner = 1
+    for i in reversed(range(4)):
+        if i != dim:
+            strides[i], inner = inner, inner * x.shape[i]
+    strides[dim] = max(stride, inner)
+    memory = torch.empty((x.shape[dim] - 1) * strides[dim] + inner, dtype=x.dtype)
+    return memory.as_strided(x.shape, strides).copy_(x)

@@ -1,4 +1,4 @@
-"""Files changed at random: refused, or a cache that works.
+"""Files changed at random: refused, or a cache or dictionaries that work.
 
 The long run: ``pytest -m slow tests/test_cache_files_fuzz.py``.
 """
@@ -9,16 +9,15 @@ import pytest
 import torch
 
 from cache_files import FAMILIES, model_of, rewrite
-from kvcore.cache import CacheFileError
 
 SHORT_MUTATIONS, LONG_MUTATIONS, MUTATIONS_PER_TEST = 300, 10_000, 500
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
 def saved(request, tmp_path_factory):
-    """The files, how they are loaded, and their names."""
-    save_all, load, names = FAMILIES[request.param]
-    return save_all(tmp_path_factory.mktemp("saved")), load, names
+    """The family of the files, and their folder."""
+    family = FAMILIES[request.param]
+    return family, family.save_all(tmp_path_factory.mktemp("saved"))
 
 
 def mutate(content, rng):
@@ -41,8 +40,8 @@ def mutate(content, rng):
 
 
 def fuzz_bytes(saved, path, seeds):
-    folder, load, names = saved
-    contents = {name: (folder / name).read_bytes() for name in names}
+    family, folder = saved
+    contents = {name: (folder / name).read_bytes() for name in family.names}
     for seed in seeds:
         rng = random.Random(seed)
         name = rng.choice(sorted(contents))
@@ -50,8 +49,8 @@ def fuzz_bytes(saved, path, seeds):
         path.write_bytes(content)
         if content == contents[name]:
             continue
-        with pytest.raises(CacheFileError):
-            load(path, model_of(name))
+        with pytest.raises(family.error):
+            family.load(path, model_of(name))
 
 
 def random_json(rng, depth=0):
@@ -63,20 +62,19 @@ def random_json(rng, depth=0):
 
 
 def fuzz_content(saved, path, seeds):
-    """Changed facts and values under a digest that is right: refused, or a cache that works."""
-    folder, load, names = saved
+    """Changed facts and values under a digest that is right: refused, or something that works."""
+    family, folder = saved
     for seed in seeds:
         rng = random.Random(seed)
-        name = rng.choice(names)
+        name = rng.choice(family.names)
 
         def change(metadata, parts, tensors, rng=rng):
             for _ in range(rng.choice([1, 1, 2])):
                 if rng.random() < 0.5:
-                    part = rng.choice(["settings", "model", "layers"])
-                    target = parts[part]
-                    if part == "layers":
+                    target = parts[rng.choice(family.parts)]
+                    if isinstance(target, list):
                         target = rng.choice(target)
-                    key = rng.choice(sorted(target))
+                    key = rng.choice(sorted(target) or ["more"])
                     target[key] = random_json(rng)
                     continue
                 tensor = tensors[rng.choice(sorted(tensors))]
@@ -85,17 +83,12 @@ def fuzz_content(saved, path, seeds):
                     for _ in range(rng.choice([1, 4])):
                         flat[rng.randrange(flat.numel())] = rng.randrange(256)
 
-        rewrite(folder / name, path, change)
+        rewrite(folder / name, path, change, names=family.parts)
         try:
-            cache = load(path, model_of(name))
+            loaded = family.load(path, model_of(name))
         except ValueError:
             continue
-        for layer in cache.compressed_layers():
-            if layer.keys is not None:
-                assert layer.keys.clone().shape[2] == int(layer.get_seq_length())
-                batch, dtype = layer.batch_size, layer.dtype
-                more = torch.zeros(batch, 2, 70, 64, dtype=dtype)
-                layer.update(more, more)
+        family.use(loaded)
 
 
 @pytest.mark.parametrize("fuzz", [fuzz_bytes, fuzz_content])

@@ -1,23 +1,18 @@
 """Dictionaries: what they know, what they refuse, and their files."""
 
 import copy
-import json
 import pickle
-import random
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 import hf_models
+from cache_files import rewrite
 from hf_models import HYBRID_NAMES, needs_hybrids
 from kvcore.cache import Dictionaries, DictionaryFileError
-from kvcore.cache.safe_file import digest
 from lexico_cases import make_dictionary
 
 SHA = "ab" * 32
-MUTATIONS = 300
 
 
 def make_pairs(layers=(0, 1), atoms=(70, 90), head_dim=64):
@@ -148,16 +143,9 @@ def test_refuses_the_layers_of_another_model():
 # ---- files that are not right
 
 
-def rewrite(source, target, change, *, sign=True):
-    with safe_open(source, framework="pt") as file:
-        metadata = dict(file.metadata())
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    facts = json.loads(metadata["dictionaries"])
-    change(metadata, facts, tensors)
-    metadata["dictionaries"] = json.dumps(facts)
-    if sign:
-        metadata["digest"] = digest(metadata, tensors)
-    save_file(tensors, target, metadata=metadata)
+def changed(change):
+    """A change of the facts, for `rewrite`."""
+    return lambda metadata, parts, tensors: change(metadata, parts["dictionaries"], tensors)
 
 
 def fact(**values):
@@ -210,25 +198,27 @@ REFUSED = [
 @pytest.mark.parametrize(("change", "message"), REFUSED)
 def test_refused(tmp_path, change, message):
     make().save(tmp_path / "file")
-    rewrite(tmp_path / "file", tmp_path / "changed", change)
+    rewrite(tmp_path / "file", tmp_path / "changed", changed(change), names=("dictionaries",))
     with pytest.raises(DictionaryFileError, match=f"dictionary file: {message}"):
         Dictionaries.load(tmp_path / "changed")
 
 
 def test_damaged_files(tmp_path):
+    """What else can be wrong with a file: test_cache_files_fuzz.py."""
     make().save(tmp_path / "file")
     content = (tmp_path / "file").read_bytes()
-    rng = random.Random(0)
-    for _ in range(MUTATIONS):
-        changed = bytearray(content)
-        at = rng.randrange(rng.choice([2000, len(content)]))
-        if rng.random() < 0.5:
-            changed[at] ^= 1 << rng.randrange(8)
-        else:
-            del changed[at:]
-        (tmp_path / "changed").write_bytes(changed)
-        with pytest.raises(DictionaryFileError):
-            Dictionaries.load(tmp_path / "changed")
+    cut = "dictionary file: .* cannot be read: "
+    digest = "dictionary file: digest must be"
+    flipped = bytearray(content)
+    flipped[-5] ^= 1
+    for name, changed, message in (
+        ("cut", content[:-1000], cut),
+        ("header", content[:300], cut),
+        ("flipped", bytes(flipped), digest),
+    ):
+        (tmp_path / name).write_bytes(changed)
+        with pytest.raises(DictionaryFileError, match=message):
+            Dictionaries.load(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         Dictionaries.load(tmp_path / "none")
     (tmp_path / "empty").mkdir()

@@ -1,6 +1,7 @@
 """Calls that must work wherever their tensors lie: at the edge of memory, far apart, shared."""
 
 import concurrent.futures
+import functools
 import mmap
 
 import pytest
@@ -9,7 +10,13 @@ import torch
 import cases
 from cases import BF16, F16, Shape, make_qkv
 from compare import assert_bitwise_equal
-from hostile_memory import guarded_all
+from hostile_memory import (
+    assert_reads_inputs_only,
+    assert_same,
+    each_edge,
+    far_apart,
+    guarded_all,
+)
 
 OPS = torch.ops.kvcore
 INT_MAX = 2**31 - 1
@@ -17,15 +24,6 @@ INT_MAX = 2**31 - 1
 
 def int32(*values):
     return torch.tensor(values, dtype=torch.int32)
-
-
-def flat(results):
-    return results if isinstance(results, tuple) else (results,)
-
-
-def assert_same(actual, expected, name=""):
-    for i, (a, e) in enumerate(zip(flat(actual), flat(expected), strict=True)):
-        assert_bitwise_equal(a, e, f"{name} result {i}")
 
 
 def reading_calls(shape, k_bits, v_bits):
@@ -66,13 +64,12 @@ def writing_calls(shape, k_bits, v_bits):
         yield "rewind", (*store.readable, int32(*[new_len] * shape.batch)), {}, store
 
 
-def call(name, args, kwargs):
+def call(name, *args, **kwargs):
     return getattr(OPS, f"turbo_{name.removesuffix('_packed')}")(*args, **kwargs)
 
 
 WIDTHS = [(8, 8), (4, 2), (2, 4)]
 each_width = pytest.mark.parametrize(("k_bits", "v_bits"), WIDTHS, ids=["K8V8", "K4V2", "K2V4"])
-each_edge = pytest.mark.parametrize("edge", ["start", "end"])
 each_head_dim = pytest.mark.parametrize("head_dim", cases.HEAD_DIMS)
 
 
@@ -86,9 +83,7 @@ def test_nothing_outside_the_inputs_is_read(edge, k_bits, v_bits, head_dim, dtyp
     for q_len in (1, 3, 17):
         shape = Shape(head_dim, 130, q_len, 2, 2, 2, dtype)
         for name, (args, kwargs) in reading_calls(shape, k_bits, v_bits).items():
-            expected = call(name, args, kwargs)
-            fenced = guarded_all(args, edge, readonly=True)
-            assert_same(call(name, fenced, kwargs), expected, name)
+            assert_reads_inputs_only(functools.partial(call, name), args, kwargs, edge)
 
 
 @pytest.mark.isa
@@ -107,30 +102,13 @@ def test_nothing_outside_the_store_is_touched(edge, k_bits, v_bits, head_dim):
             [places[id(y)] for y in x] if isinstance(x, list) else places.get(id(x), other)
             for x, other in zip(args, others, strict=True)
         ]
-        call(name, args, kwargs)
-        call(name, fenced, kwargs)
+        call(name, *args, **kwargs)
+        call(name, *fenced, **kwargs)
         for n, x in store.named().items():
             assert_bitwise_equal(fenced_state[n], x, f"{n} after {name}")
 
 
 # ---- More than 2^31 elements or bytes between neighbours
-
-
-FAR = 2**31 + 64
-
-
-def far_apart(x, dim):
-    """The values of x, neighbours along one dimension 2^31 elements away at least in all."""
-    stride = -(-FAR // max(1, x.shape[dim] - 1))
-    # Pages that hold no value are never touched, and so take no memory.
-    strides = [0] * 4
-    inner = 1
-    for i in reversed(range(4)):
-        if i != dim:
-            strides[i], inner = inner, inner * x.shape[i]
-    strides[dim] = max(stride, inner)
-    memory = torch.empty((x.shape[dim] - 1) * strides[dim] + inner, dtype=x.dtype)
-    return memory.as_strided(x.shape, strides).copy_(x)
 
 
 @pytest.mark.parametrize("dim", range(4), ids=["batch", "head", "token", "channel"])

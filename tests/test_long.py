@@ -1,9 +1,10 @@
 """What only many tries show: rare inputs, drift, and results that differ now and then.
 
-Short in ``make test``; ``make long`` takes minutes: at least 50,000 random problems of the turbo
-ops against the reference, a million decoding steps, a thousand repeats of every op.
+Short in ``make test``; ``make long`` takes minutes: at least 50,000 random problems of each family
+against the reference, a million decoding steps over each cache, a thousand repeats of every op.
 """
 
+import functools
 import gc
 import os
 
@@ -13,10 +14,13 @@ from hypothesis import HealthCheck, given, seed, settings
 
 import cases
 import kvcore
-from cache_tools import random_kv, turbo_layer
+import lexico_long_cases
+import long_cases
+from cache_tools import lexico_layer, random_kv, turbo_layer
 from cases import BF16, F32, Shape, make_qkv
 from compare import assert_bitwise_equal
-from long_cases import CHECKS, problems
+from lexico_cases import CODES, make_dictionary, make_problem
+from long_cases import problems
 
 OPS = torch.ops.kvcore
 long = pytest.mark.long
@@ -37,25 +41,32 @@ def short_and_long(short, long_run):
 # ---- random problems
 
 
-# Of each op; the parts take different examples, so that they can run at the same time.
-NUM_PARTS, PER_PART = 5, 2_000
-assert len(CHECKS) * NUM_PARTS * PER_PART >= 50_000
-EXAMPLES = [
-    pytest.param(0, 60, id="short"),
-    *(pytest.param(part, PER_PART, id=f"long-{part}", marks=long) for part in range(NUM_PARTS)),
-]
+# By family: its checks, and how many problems each has in each part of the long run. The parts take
+# different examples, so that they can run at the same time.
+NUM_PARTS = 5
+FAMILIES = {"turbo": (long_cases.CHECKS, 2_000), "lexico": (lexico_long_cases.CHECKS, 2_500)}
 
 
-@pytest.mark.parametrize(("part", "examples"), EXAMPLES)
-@pytest.mark.parametrize("name", CHECKS)
-def test_random_problems_match_reference(name, part, examples):
+def random_problems():
+    for family, (checks, per_part) in FAMILIES.items():
+        assert len(checks) * NUM_PARTS * per_part >= 50_000
+        for name, check in checks.items():
+            yield pytest.param(check, 0, 60, id=f"{family}-{name}-short")
+            for part in range(NUM_PARTS):
+                yield pytest.param(
+                    check, part, per_part, id=f"{family}-{name}-long-{part}", marks=long
+                )
+
+
+@pytest.mark.parametrize(("check", "part", "examples"), random_problems())
+def test_random_problems_match_reference(check, part, examples):
     @seed(part)
     @settings(max_examples=examples, database=None, suppress_health_check=list(HealthCheck))
     @given(problems)
-    def check(case):
-        CHECKS[name](case)
+    def compare(case):
+        check(case)
 
-    check()
+    compare()
 
 
 # ---- soak
@@ -86,10 +97,18 @@ def decode_round(layer, q, k, v):
     return torch.cat(outs, 2)
 
 
+# Lexico's codes 8 tokens at a time, and the rewind goes back into codes.
+SOAKED = {
+    "turbo": functools.partial(turbo_layer, k_bits=4, v_bits=2),
+    "lexico": functools.partial(lexico_layer, k_sparsity=4, v_sparsity=4),
+}
+
+
+@pytest.mark.parametrize("make_layer", SOAKED.values(), ids=SOAKED)
 @pytest.mark.parametrize("steps", short_and_long(2_000, 1_000_000))
-def test_soak(generator, steps):
+def test_soak(generator, steps, make_layer):
     """Append and decode, with rewinds and resets: no memory is lost and no bit ever differs."""
-    layer = turbo_layer(k_bits=4, v_bits=2)
+    layer = make_layer()
     k, v = random_kv(generator, 1, 70 + ROUND_STEPS)
     q = torch.randn(1, 4, 70 + ROUND_STEPS, 64, generator=generator)
     first = decode_round(layer, q, k, v)
@@ -109,20 +128,21 @@ def test_soak(generator, steps):
 # ---- the same again
 
 
-REPEATED = (
-    "calibrate",
-    "head_priority",
-    "attention",
-    "quantize",
-    "dequantize",
-    "decode",
-    "decode_split",
-    "append_and_rewind",
-)
+def grown_store():
+    """What a prompt, appends of many sizes and a rewind leave."""
+    _, k, v = make_qkv(Shape(64, 900, 1, 2, 1, 2))
+    store = cases.empty_store(2, 2, 64, 14, k_bits=4, v_bits=2)
+    begin = 0
+    for num_new in (600, 1, 63, 130, 2):
+        part = slice(begin, begin + num_new)
+        OPS.turbo_append(k[:, :, part], v[:, :, part], *store.writable)
+        begin += num_new
+    OPS.turbo_rewind(*store.readable, torch.tensor([700, 333], dtype=torch.int32))
+    return tuple(store.named().values())
 
 
-def calls():
-    """Every op that writes no argument, each with work for several threads."""
+def turbo_calls():
+    """Every op, each with work for several threads."""
     q, k, v = make_qkv(Shape(64, 700, 2, 2, 4, 2, BF16))
     padding = torch.tensor([0, 100], dtype=torch.int32)
     balance, mean = OPS.turbo_calibrate(k, padding)
@@ -137,26 +157,79 @@ def calls():
         "dequantize": lambda: OPS.turbo_dequantize(*store.readable, balance, mean, kv_len=700),
         "decode": lambda: OPS.turbo_decode(q, *store.readable, balance, mean),
         "decode_split": lambda: OPS.turbo_decode(long_q, *split.readable),
+        "append_and_rewind": grown_store,
     }
 
 
-def grown_store():
-    """What a prompt, appends of many sizes and a rewind leave."""
-    _, k, v = make_qkv(Shape(64, 900, 1, 2, 1, 2))
-    store = cases.empty_store(2, 2, 64, 14, k_bits=4, v_bits=2)
-    begin = 0
-    for num_new in (600, 1, 63, 130, 2):
-        part = slice(begin, begin + num_new)
-        OPS.turbo_append(k[:, :, part], v[:, :, part], *store.writable)
-        begin += num_new
-    OPS.turbo_rewind(*store.readable, torch.tensor([700, 333], dtype=torch.int32))
-    return tuple(store.named().values())
+def lexico_calls():
+    """The same of the other family; the encoder with each of its searches."""
+    dictionary = make_dictionary(300, 64)
+    gram = dictionary @ dictionary.T
+    x = cases.normal(2, 2, 100, 64, seed=1)
+    codes = OPS.lexico_encode(x, dictionary, sparsity=8)[:3]
+    decode = make_problem(Shape(64, 1500, 1, 2, 4, 2, BF16), blocks=1, buffer=30)
+    prompt = make_problem(Shape(64, 300, 44, 2, 4, 2, BF16), buffer=30, left_padding=(0, 9))
+    sizes = {"k_sparsity": 5, "v_sparsity": 6, "v_atoms": 90}
+    blocks = decode.k_blocks[0], decode.v_blocks[0]
+    full = OPS.lexico_unseal(*blocks, **sizes)
+
+    def append():
+        tails = [torch.zeros(2, 2, 4, 64 + 96 * 8, dtype=torch.uint8) for _ in range(2)]
+        lens = torch.zeros(2, dtype=torch.int32)
+        OPS.lexico_append(*codes, *codes, *tails, lens)
+        return *tails, lens
+
+    return {
+        "encode": lambda: OPS.lexico_encode(x, dictionary, sparsity=8),
+        "encode_few": lambda: OPS.lexico_encode(x[:1, :1, :20], dictionary, sparsity=8),
+        "encode_given_gram": lambda: OPS.lexico_encode(x, dictionary, gram, sparsity=8),
+        "reconstruct": lambda: OPS.lexico_reconstruct(*codes, dictionary),
+        "append": append,
+        "seal": lambda: OPS.lexico_seal(*full, v_atoms=90),
+        "unseal": lambda: OPS.lexico_unseal(*blocks, **sizes),
+        "unpack": lambda: OPS.lexico_unpack(full[0], kv_len=4096),
+        "attention": decode.run,
+        "attention_prompt": prompt.run,
+    }
+
+
+REPEATED = {
+    turbo_calls: (
+        "calibrate",
+        "head_priority",
+        "attention",
+        "quantize",
+        "dequantize",
+        "decode",
+        "decode_split",
+        "append_and_rewind",
+    ),
+    lexico_calls: (
+        "encode",
+        "encode_few",
+        "encode_given_gram",
+        "reconstruct",
+        "append",
+        "seal",
+        "unseal",
+        "unpack",
+        "attention",
+        "attention_prompt",
+    ),
+}
 
 
 @pytest.mark.parametrize("repeats", short_and_long(12, 1_000))
-@pytest.mark.parametrize("name", REPEATED)
-def test_repeats_are_bitwise_equal(threads, name, repeats):
-    call = grown_store if name == "append_and_rewind" else calls()[name]
+@pytest.mark.parametrize(
+    ("calls", "name"),
+    [
+        pytest.param(calls, name, id=f"{calls.__name__.removesuffix('_calls')}-{name}")
+        for calls, names in REPEATED.items()
+        for name in names
+    ],
+)
+def test_repeats_are_bitwise_equal(threads, calls, name, repeats):
+    call = calls()[name]
     threads(1)
     first = call()
     first = first if isinstance(first, tuple) else (first,)
@@ -169,8 +242,9 @@ def test_repeats_are_bitwise_equal(threads, name, repeats):
                 assert_bitwise_equal(a, b, f"result {j} of repeat {i}")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("problems", short_and_long(10, 1_000))
-def test_results_do_not_depend_on_the_batch(generator, problems):
+def test_results_do_not_depend_on_the_batch(generator, problems, family):
     """A sequence gives what it gives alone, wherever it stands and whatever stands beside it."""
     for seed_idx in range(problems):
         draw = torch.randint(1, 300, (4,), generator=generator).tolist()
@@ -180,6 +254,7 @@ def test_results_do_not_depend_on_the_batch(generator, problems):
         q, k, v = make_qkv(shape, seed_idx)
         padding = torch.randint(0, kv_len + 1, (batch,), generator=generator).int()
         order = torch.randperm(batch, generator=generator)
+        results_of = RESULTS[family]
         whole = results_of(q, k, v, padding)
         moved = results_of(q[order], k[order], v[order], padding[order])
         for i, b in enumerate(order.tolist()):
@@ -191,7 +266,7 @@ def test_results_do_not_depend_on_the_batch(generator, problems):
                 assert_bitwise_equal(moved[name][i : i + 1], whole[name][rows], f"{note} moved")
 
 
-def results_of(q, k, v, padding):
+def turbo_results(q, k, v, padding):
     """By name: what every op makes of a batch."""
     balance, mean = kvcore.turbo_calibrate(k, padding)
     store = cases.store_of(OPS.turbo_quantize(k, v, balance, mean, padding, v_bits=[2]))
@@ -209,3 +284,29 @@ def results_of(q, k, v, padding):
         "attention lse": prefill_lse,
         "priority": kvcore.turbo_head_priority(v, padding),
     }
+
+
+def lexico_results(q, k, v, padding):
+    """The same. Which search the encoder takes depends on how many vectors there are, unless it is
+    given the products of the atoms."""
+    dictionary = make_dictionary(40, k.shape[-1])
+    gram = dictionary @ dictionary.T
+    codes = [kvcore.lexico_encode(x, dictionary, gram, sparsity=3) for x in (k, v)]
+    batch, heads, kv_len = k.shape[:3]
+    tile_shape = (batch, heads, -(-kv_len // 32), 64 + 96 * 3)
+    tails = [torch.zeros(tile_shape, dtype=torch.uint8) for _ in range(2)]
+    lens = torch.zeros(batch, dtype=torch.int32)
+    kvcore.lexico_append(*codes[0][:3], *codes[1][:3], *tails, lens)
+    context = [[], [], *tails, lens, dictionary, dictionary]
+    out, lse = kvcore.lexico_attention(q, *context, k[:, :, :5], v[:, :, :5], None, padding)
+    return {
+        **dict(zip(CODES, codes[0], strict=True)),
+        "rebuilt": kvcore.lexico_reconstruct(*codes[1][:3], dictionary),
+        "k_tail": tails[0],
+        "v_tail": tails[1],
+        "attention": out,
+        "attention lse": lse,
+    }
+
+
+RESULTS = {"turbo": turbo_results, "lexico": lexico_results}

@@ -84,8 +84,8 @@ def lexico_attention(
         # A query's position counts from the end, so that leading keys may be left out.
         padding = 0 if left_padding is None else int(left_padding[b])
         out, lse = exact_attention(
-            q[row],
-            k[:, :, padding:],
+            _finite_or_nan(q[row]),
+            _finite_or_nan(k[:, :, padding:]),
             v[:, :, padding:],
             causal=causal,
             scale=scale,
@@ -97,3 +97,9 @@ def lexico_attention(
     if not outs:
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     return torch.cat(outs).to(q.dtype), torch.cat(lses).float()
+
+
+def _finite_or_nan(x: Tensor) -> Tensor:
+    """NaN in the place of vectors that are not finite: a score of -inf would pass for a hidden
+    key's."""
+    return x.where(x.isfinite().all(-1, keepdim=True), torch.nan)
