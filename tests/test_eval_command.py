@@ -148,6 +148,7 @@ def test_results(measured):
     for name in ("kvcore", "commit", "modified", "torch", "transformers", "threads", "date"):
         assert name in result["setup"]
     assert "does not carry over to large models" in result["note"]
+    assert [model["fallbacks"] for model in result["models"]] == [{}, {}]
     assert result["note"] in out
     hybrid, control = result["models"]
     assert [model["model"] for model in (hybrid, control)] == ["hybrid", "control"]
@@ -259,6 +260,27 @@ def test_own_text_and_model(tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_a_cache_that_compresses_nothing_is_told(tmp_path, capsys):
+    """With a head_dim that has no kernel, TurboCache holds K and V as they are."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from test_docs import byte_tokenizer
+
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=1, head_dim=32,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    argv = ["--model", str(tmp_path / "model"), "--cache", "turbo:2", "--measures", "text"]
+    with pytest.warns(RuntimeWarning, match="unsupported head_dim"):
+        assert _eval(*argv, "--out", str(tmp_path)) == 0
+    assert "times: unsupported head_dim" in capsys.readouterr().out
+    (model,) = json.loads((tmp_path / "eval.json").read_text())["models"]
+    assert model["fallbacks"]["unsupported head_dim"] > 0
+    assert model["caches"][1]["text"]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
+
+
 def test_interruption_keeps_what_was_finished(tmp_path, monkeypatch, capsys):
     real, calls = pitfalls.unevenness, []
 
@@ -333,7 +355,7 @@ def test_no_figures_are_made_up():
     """A table says what is in the JSON, and a hyphen where nothing was measured."""
     one = {"mean": 0.5, "half_width": None, "samples": 1}
     row = {"cache": "x", "pairs": [{"pairs": 1, "recall": one}]}
-    model = {"caches": [row], "not_measured": {"y": "z"}, "interrupted": False}
+    model = {"caches": [row], "not_measured": {"y": "z"}, "fallbacks": {}, "interrupted": False}
     lines = report.render(model).splitlines()
     assert [line.split() for line in lines[:3]] == [
         ["cache", "most", "pairs", "%"],

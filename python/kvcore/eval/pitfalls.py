@@ -23,7 +23,6 @@ and fair eviction, which say which tokens to evict.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -133,11 +132,11 @@ def _share_kept(k: Tensor, exact: Tensor) -> Tensor:
 
 
 def _read_back(layer: Any, exact: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The fields of `Stored`, of one layer."""
+    """The fields of `Stored`, of one layer, which gets a token more."""
     # What the next token would attend to; its own K and V are the last of it.
     new = exact.keys[:, :, -1:], exact.values[:, :, -1:]
     with torch.no_grad():
-        read = copy.deepcopy(layer).update(*new)
+        read = layer.update(*new)
     k, v = ((x + 0.0)[:, :, :-1].float() for x in read)
     true_k, true_v = exact.keys.float(), exact.values.float()
     if k.shape[2] < true_k.shape[2]:  # what is evicted is gone, and the others are as they were

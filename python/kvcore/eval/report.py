@@ -102,6 +102,8 @@ def render(model: dict[str, Any]) -> str:
     """The table of one model, and why caches are missing from it."""
     lines = [aligned(rows(model))]
     lines += [f"{name}: {reason}" for name, reason in model["not_measured"].items()]
+    for reason, count in model["fallbacks"].items():
+        lines.append(f"kvcore fell back {count} times: {reason}")
     if model["interrupted"]:
         lines.append("interrupted: figures are of what was finished by then")
     return "\n".join(lines)

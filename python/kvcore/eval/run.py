@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcore.cache import reasons as reasons_of_kvcore
 from kvcore.eval import pitfalls, recall, text
 from kvcore.eval.caches import FULL
 from kvcore.eval.peers import why_not
@@ -94,6 +95,8 @@ class Samples:
     not_measured: dict[str, str]  # reasons by cache
     found: dict[str, dict[Any, list[list[Any]]]]
     interrupted: bool = False
+    # Why kvcore's caches or attention did less than their name says, with how often.
+    fallbacks: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def check_plan(subject: Subject, plan: Plan) -> None:
@@ -202,6 +205,7 @@ def measure(
     usable = {name: choice for name, choice in caches.items() if name not in not_measured}
     usable = {"dynamic": FULL, **{n: c for n, c in usable.items() if c != FULL}}
     samples = Samples(usable, not_measured, {})
+    reasons_of_kvcore.clear_fallback_reasons()
     jobs = list(_jobs(subject, list(usable.values()), plan))
     try:
         total = sum(job[2] for job in jobs)
@@ -211,6 +215,7 @@ def measure(
                 samples.found.setdefault(name, {}).setdefault(setting, []).append(found)
     except KeyboardInterrupt:
         samples.interrupted = True
+    samples.fallbacks = reasons_of_kvcore.fallback_reasons()
     return samples
 
 

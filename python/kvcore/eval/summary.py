@@ -115,9 +115,9 @@ def _one_cache(index: int, samples: Samples, subject: Subject, plan: Plan) -> di
 def summarise(subject: Subject, samples: Samples, plan: Plan) -> dict[str, Any]:
     """The results of one model, as JSON has them.
 
-    Intervals are 95 % t intervals over the sequences or prompts of all seeds, which have no text in
-    common; what is called ``_by_seed`` is the mean of each seed. After an interruption there are
-    fewer seeds, or fewer measures.
+    Intervals are 95 % t intervals over the sequences or prompts of all seeds; what is called
+    ``_by_seed`` is the mean of each seed. After an interruption there are fewer seeds, or fewer
+    measures.
     """
     config = subject.model.config.get_text_config(decoder=True)
     layers = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
@@ -128,6 +128,7 @@ def summarise(subject: Subject, samples: Samples, plan: Plan) -> dict[str, Any]:
             "dtype": str(subject.model.dtype).removeprefix("torch."),
             "interrupted": samples.interrupted,
             "not_measured": samples.not_measured,
+            "fallbacks": samples.fallbacks,
             "caches": [
                 {
                     "cache": name,
