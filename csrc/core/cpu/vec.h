@@ -310,8 +310,8 @@ inline F32 ceil_biased(F32 x) {
 }
 inline I32 to_i32(F32 x) { return (I32)(x + kBias) - 0x4b400000; }
 inline F32 to_f32(I32 x) { return __builtin_convertvector(x, F32); }
-/// x * 2^n for an integral n; x in [2^-1, 2^1) and the product normal.
-inline F32 scale_pow2(F32 x, F32 n) { return (F32)((I32)x + (to_i32(n) << 23)); }
+/// x * 2^n for an integral n; x in [2^-1, 2^1) and the product normal. Or both NaN: x, then.
+inline F32 scale_pow2(F32 x, F32 n) { return (F32)((I32)x + (n == n ? to_i32(n) << 23 : I32{})); }
 inline float reduce_max(F32 x) {
   const float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];
   return a > b ? a : b;
