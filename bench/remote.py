@@ -47,15 +47,23 @@ def interpreter(peer: str) -> str | None:
 
 
 @contextlib.contextmanager
-def stored(arrays: Mapping[str, Tensor]) -> Iterator[pathlib.Path]:
-    """A folder of arrays for several processes: in memory, so that no disk is busy meanwhile."""
+def stored(
+    arrays: Mapping[str, Tensor], small: Mapping[str, Tensor] | None = None
+) -> Iterator[pathlib.Path]:
+    """A folder of arrays for several processes: in memory, so that no disk is busy meanwhile.
+
+    ``small`` is what wakes their threads, see worker.py.
+    """
     num_bytes = sum(4 * array.numel() for array in arrays.values())
     memory = pathlib.Path("/dev/shm")
     fits = memory.is_dir() and shutil.disk_usage(memory).free > 2 * num_bytes
     with tempfile.TemporaryDirectory(prefix="kvcore-bench-", dir=memory if fits else None) as name:
         folder = pathlib.Path(name)
-        for key, array in arrays.items():
-            np.save(folder / f"{key}.npy", array.detach().cpu().float().numpy())
+        for part, kept in ((folder, arrays), (folder / "small", small or {})):
+            if kept:
+                part.mkdir(exist_ok=True)
+            for key, array in kept.items():
+                np.save(part / f"{key}.npy", array.detach().cpu().float().numpy())
         yield folder
 
 

@@ -15,6 +15,9 @@ from worker import time_on_cpu
 
 FLUSH_BYTES = 1 << 30  # several times the last-level cache of any machine this runs on
 MIN_ROUNDS = 5  # however long they take
+# OpenMP's threads stay awake for some milliseconds after they worked; a variant in another process
+# would have to share the cores with those of this one.
+SETTLE_SECONDS = 0.02
 
 
 class CacheFlusher:
@@ -43,6 +46,8 @@ def _time_once(run: Callable[[], object], device: torch.device) -> float:
     if hasattr(run, "timed"):  # in another process, which may want the GPU for itself
         if is_gpu:
             torch.cuda.synchronize()
+        else:
+            time.sleep(SETTLE_SECONDS)
         return run.timed()
     return time_on_gpu(run) if is_gpu else time_on_cpu(run)
 

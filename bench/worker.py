@@ -2,8 +2,10 @@
 
     python worker.py ADAPTER.py ARRAYS RESULTS ARGUMENTS
 
-ARRAYS is a folder of .npy files, RESULTS one that takes them. Needs numpy and whatever the adapter
-imports; on a GPU that is torch as well, whose clock is the GPU's.
+ARRAYS is a folder of .npy files, RESULTS one that takes them. A folder `small` in ARRAYS has fewer
+of them: those are worked on just before each timing, so that the threads are awake, as they are in
+a model. Needs numpy and whatever the adapter imports; on a GPU that is torch as well, whose clock
+is the GPU's.
 """
 
 from __future__ import annotations
@@ -44,6 +46,11 @@ def clock(device: str) -> Callable[[Callable[[], object]], float]:
     return timed
 
 
+def read(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """Arrays by name, mapped: what an adapter converts never is in memory as a whole."""
+    return {path.stem: np.load(path, mmap_mode="c") for path in folder.glob("*.npy")}
+
+
 def as_array(result: object) -> np.ndarray:
     """A result in fp32; numpy knows neither bf16 nor GPUs."""
     if hasattr(result, "cpu"):
@@ -57,10 +64,11 @@ def main() -> None:
     # Whatever libraries print must not be taken for answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    # Mapped: what an adapter converts is read once and never resident as a whole.
-    arrays = {path.stem: np.load(path, mmap_mode="c") for path in inputs.glob("*.npy")}
     time_once = clock(arguments.get("device", "cpu"))
-    variants = runpy.run_path(adapter)["load"](arrays, **arguments)
+    load = runpy.run_path(adapter)["load"]
+    variants = load(read(inputs), **arguments)
+    small = inputs / "small"
+    wake = load(read(small), **arguments) if small.exists() else {}
 
     def answer(**fields: object) -> None:
         answers.write(json.dumps(fields) + "\n")
@@ -71,7 +79,10 @@ def main() -> None:
         command = json.loads(line)
         try:
             if "time" in command:
-                answer(seconds=time_once(variants[command["time"]]))
+                name = command["time"]
+                if name in wake:
+                    wake[name]()
+                answer(seconds=time_once(variants[name]))
                 continue
             result, path = variants[command["call"]](), None
             if result is not None:

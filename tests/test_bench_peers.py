@@ -224,6 +224,37 @@ def test_a_peer_joins_the_case_if_it_is_right(ggml, folder):
     assert ggml.versions(["ggml", "vllm"]) == {"ggml": "ggml==1"}
 
 
+def test_a_little_work_precedes_each_timing(bench, tmp_path):
+    from remote import Remote, stored
+
+    path = tmp_path / "adapter.py"
+    path.write_text(
+        "calls = []\n"
+        "def load(arrays):\n"
+        "    x = arrays['x']\n"
+        "    return {'count': lambda: calls.append(len(x)) or calls}\n"
+    )
+    with stored({"x": torch.zeros(9)}, {"x": torch.zeros(2)}) as inputs:
+        remote = Remote(sys.executable, path, {}, inputs)
+    count = remote.variant("count")
+    count.timed()
+    assert count().tolist() == [2, 9, 9]  # a call that is not timed needs none
+    remote.close()
+
+
+def test_the_little_work_is_of_the_same_kind(bench):
+    from peers import registry
+
+    import gdn_cases
+
+    task = decode_case().task
+    task.arrays = {n: torch.zeros(3, 4, 1 if n == "q" else 600, 64) for n in "qkv"}
+    shapes = {n: tuple(x.shape) for n, x in registry._small(task).items()}
+    assert shapes == {"q": (1, 4, 1, 64), "k": (1, 4, 512, 64), "v": (1, 4, 512, 64)}
+    case = gdn_cases._decode(3, CPU)
+    assert {len(x) for x in registry._small(case.task).values()} == {1}
+
+
 def test_a_peer_that_crashes_takes_all_its_variants_along(ggml, folder, tmp_path):
     crashing = ADAPTER.replace('raise ValueError("no kernel for this")', "__import__('os').abort()")
     (tmp_path / "ggml.py").write_text(crashing)

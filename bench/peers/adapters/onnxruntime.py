@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -39,6 +40,17 @@ def _model(dtype: type, q_heads: int, kv_heads: int, scale: float) -> bytes:
     return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION).SerializeToString()
 
 
+@functools.cache
+def _session(dtype: type, q_heads: int, kv_heads: int, scale: float, threads: int):
+    """One for inputs of all sizes: each session has threads of its own."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    model = _model(dtype, q_heads, kv_heads, scale)
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 def load(arrays: dict, *, work: str, threads: int, device: str) -> dict[str, Callable]:
     """The newest tokens join the cache, always at the same place, and attend over all of it."""
     import onnxruntime as ort
@@ -46,14 +58,9 @@ def load(arrays: dict, *, work: str, threads: int, device: str) -> dict[str, Cal
     q, k, v = (arrays[name] for name in "qkv")
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1:3]
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    # Threads that wait for more work after a run would take the cores of whoever is next.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     variants = {}
     for name, dtype in TYPES.items():
-        model = _model(dtype, q_heads, kv_heads, head_dim**-0.5)
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = _session(dtype, q_heads, kv_heads, head_dim**-0.5, threads)
         # Copies: what it attends to shall lie in memory of its own.
         caches = {"key": k.astype(dtype), "value": v.astype(dtype)}
         values = {"query": q, "key": k[:, :, -q_len:], "value": v[:, :, -q_len:]}

@@ -32,8 +32,9 @@ def _decode(q, k, v, g, beta, state) -> dict[str, Callable]:
     """It makes g and beta from what they are made of in a model, of which these are inverses."""
     import torch
 
-    q, k, v = (x.bfloat16() for x in (q, k, v))
+    # Sequences of one token each lie one after the other, as it has them.
     batch, _, heads, _ = v.shape
+    q, k, v = (x.bfloat16().transpose(0, 1).contiguous() for x in (q, k, v))
     a = torch.where(g == 0, NO_DECAY, torch.log(torch.expm1(-g)))[:, 0].bfloat16()
     b = torch.logit(beta.double())[:, 0].bfloat16()
     zeros = torch.zeros(heads)
