@@ -29,7 +29,7 @@ from timer import MIN_ROUNDS, CacheFlusher, interleave, summary
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 # A case ends after so long if it has had its least number of rounds.
-CASE_SECONDS, QUICK_SECONDS = 8.0, 5.0
+CASE_SECONDS, QUICK_SECONDS = 5.0, 3.0
 
 
 def run_case(

@@ -18,7 +18,7 @@ from worker import time_on_cpu
 # more than any has; otherwise less, since most of a round is the flush.
 FLUSH_BYTES, MIN_FLUSH_BYTES = 1 << 30, 1 << 28
 CPUS = pathlib.Path("/sys/devices/system/cpu")
-MIN_ROUNDS = 5  # however long they take
+MIN_ROUNDS = 3  # however long they take
 # OpenMP's threads stay awake for some milliseconds after they worked; a variant in another process
 # would have to share the cores with those of this one.
 SETTLE_SECONDS = 0.02
@@ -81,7 +81,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Times every variant once per round, in turn, and returns seconds per call and round.
 
-    After ``seconds`` it ends, if it has had five rounds.
+    After ``seconds`` it ends, if it has had three rounds.
 
     Whatever disturbs the machine for a while then disturbs all variants alike. The first variant
     changes from round to round, so that none always runs after the same neighbour.

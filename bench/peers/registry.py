@@ -23,7 +23,7 @@ INSTALL = "bash bench/peers/install.sh"
 NOT_INSTALLED = "not installed"
 SMALL_TOKENS = 512
 # One call of a peer that takes longer is said, and not repeated.
-MAX_CALL_SECONDS = 8.0
+MAX_CALL_SECONDS = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
