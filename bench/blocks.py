@@ -170,8 +170,11 @@ def evaluation(device: str) -> str:
     for model in result["models"]:
         header, *rows = eval_report.rows(model)
         lines += [f"**{model['model']}**", "", *table(header, rows), ""]
-        reasons = [f"{name}: {reason}" for name, reason in model["not_measured"].items()]
-        lines += ["; ".join(reasons), ""] if reasons else []
+        names: dict[str, list[str]] = {}
+        for name, reason in model["not_measured"].items():
+            names.setdefault(reason, []).append(name)
+        for reason, caches in names.items():
+            lines += [f"{', '.join(caches)}: {reason}", ""]
     lines.append(
         f"`{result['command']}`: seeds {', '.join(map(str, result['plan']['seeds']))}; kvcore "
         f"{setup['kvcore']} at {setup['commit'][:10]}{' (modified)' * setup['modified']}, torch "
