@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -14,36 +13,17 @@ import torch
 from memory import kept_memory
 from worker import time_on_cpu
 
-# Several times the caches: of a GPU, or of a machine that does not tell how large its caches are,
-# more than any has; otherwise less, since most of a round is the flush.
-FLUSH_BYTES, MIN_FLUSH_BYTES = 1 << 30, 1 << 28
-CPUS = pathlib.Path("/sys/devices/system/cpu")
+FLUSH_BYTES = 1 << 30  # several times the last-level cache of any machine this runs on
 MIN_ROUNDS = 3  # however long they take
 # OpenMP's threads stay awake for some milliseconds after they worked; a variant in another process
 # would have to share the cores with those of this one.
 SETTLE_SECONDS = 0.02
 
 
-def last_level_bytes() -> int | None:
-    """Size of all last-level caches together, as Linux tells it, or None."""
-    sizes: dict[tuple[int, str], int] = {}
-    for folder in CPUS.glob("cpu[0-9]*/cache/index[0-9]*"):
-        try:
-            level, kib = int((folder / "level").read_text()), (folder / "size").read_text()
-            shared = (folder / "shared_cpu_list").read_text()
-            sizes[level, shared] = int(kib.strip().removesuffix("K")) * 1024
-        except (OSError, ValueError):
-            return None
-    last = max((level for level, _ in sizes), default=0)
-    return sum(size for (level, _), size in sizes.items() if level == last) or None
-
-
 class CacheFlusher:
     """Evicts everything from the caches by writing to a buffer larger than any of them."""
 
-    def __init__(self, device: torch.device):
-        caches = None if device.type == "cuda" else last_level_bytes()
-        num_bytes = FLUSH_BYTES if caches is None else max(4 * caches, MIN_FLUSH_BYTES)
+    def __init__(self, device: torch.device, num_bytes: int = FLUSH_BYTES):
         self._buffer = torch.zeros(num_bytes // 4, dtype=torch.float32, device=device)
 
     def __call__(self) -> None:

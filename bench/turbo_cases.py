@@ -170,15 +170,14 @@ def _append(kv_len: int, layers: int, device: torch.device) -> Case:
 
 def turbo(quick: bool, device: torch.device) -> Iterator[Callable[[], Case]]:
     """Cases of the turbo family, each built only when its turn comes."""
-    yield lambda: _decode(1, 1, 4096, device)
+    for kv_len in (4096,) if quick else (1024, 4096, 16384, 32768, 131072):
+        yield lambda kv_len=kv_len: _decode(1, 1, kv_len, device)
     yield lambda: _prefill(1024, device)
     yield lambda: _append(4096 if quick else 32768, 1, device)
     if quick:
         return
     yield lambda: _prefill(4096, device)
     yield lambda: _append(32768, 16, device)
-    for kv_len in (1024, 16384, 32768, 131072):
-        yield lambda kv_len=kv_len: _decode(1, 1, kv_len, device)
     yield lambda: _decode(8, 1, 4096, device)
     yield lambda: _decode(1, 4, 32768, device)
     for head_dim in (64, 256):

@@ -34,27 +34,6 @@ def test_rounds_end_when_the_time_is_over(bench):
     assert len(interleave({"a": lambda: None}, 2, CPU, seconds=0.0)["a"]) == 2
 
 
-def test_size_of_the_caches(bench, monkeypatch, tmp_path):
-    import timer
-
-    def cache(cpu, index, level, size, shared):
-        folder = tmp_path / f"cpu{cpu}" / "cache" / f"index{index}"
-        folder.mkdir(parents=True)
-        for name, text in (("level", level), ("size", size), ("shared_cpu_list", shared)):
-            (folder / name).write_text(f"{text}\n")
-
-    monkeypatch.setattr(timer, "CPUS", tmp_path)
-    assert timer.last_level_bytes() is None
-    assert timer.CacheFlusher(CPU)._buffer.nbytes == timer.FLUSH_BYTES
-    for cpu, shared in ((0, "0-1"), (1, "0-1"), (2, "2")):  # two caches of the last level
-        cache(cpu, 0, 1, "32K", cpu)
-        cache(cpu, 3, 3, "98304K", shared)
-    assert timer.last_level_bytes() == 2 * 98304 * 1024
-    assert timer.CacheFlusher(CPU)._buffer.nbytes == 8 * 98304 * 1024
-    cache(3, 3, 3, "unknown", "3")
-    assert timer.last_level_bytes() is None
-
-
 @pytest.mark.parametrize("count", [1, 2, 20])
 def test_summary(bench, count):
     from timer import summary
