@@ -214,8 +214,9 @@ __device__ inline float append_to_slot(const AppendArguments<kSlabs>& a, const A
   return scale;
 }
 
+// Two CTAs an SM are asked for: by itself the compiler aims at three for one token, and spills.
 template <class T, int kSlabs, bool kOneToken>
-__global__ void __launch_bounds__(kMaxHeadDim + kWarpSize)
+__global__ void __launch_bounds__(kMaxHeadDim + kWarpSize, kOneToken ? 2 : 1)
     append_tail_kernel(const __grid_constant__ AppendArguments<kSlabs> a) {
   const int64_t members = ctas_of_sequence(a.store.kv_heads);
   const Lane lane = lane_of_cta(a.store.kv_heads);
