@@ -95,7 +95,16 @@ def collect(work: pathlib.Path, gpu: str) -> dict[str, object]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "commit": _git("rev-parse", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "modified": bool(
+            _git(
+                "status",
+                "--porcelain",
+                "--untracked-files=no",
+                "--",
+                ":/",
+                ":(top,exclude)bench/results",
+            )
+        ),
         "stages": stages,
     }
     if (work / "wrappers.json").exists():

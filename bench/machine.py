@@ -45,7 +45,16 @@ def describe(device: torch.device) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "commit": _git("rev-parse", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "modified": bool(
+            _git(
+                "status",
+                "--porcelain",
+                "--untracked-files=no",
+                "--",
+                ":/",
+                ":(top,exclude)bench/results",
+            )
+        ),
         "kvcore": kvcore.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -149,7 +149,16 @@ def setup() -> dict[str, Any]:
     return {
         "kvcore": kvcore.__version__,
         "commit": _git("rev-parse", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "modified": bool(
+            _git(
+                "status",
+                "--porcelain",
+                "--untracked-files=no",
+                "--",
+                ":/",
+                ":(top,exclude)bench/results",
+            )
+        ),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
