@@ -67,3 +67,14 @@ def test_snippet(snippet, request, tmp_path):
     result = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "Warning" not in result.stderr
+
+
+def test_five_minutes():
+    script = ROOT / "examples" / "five_minutes.py"
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    said = re.findall(r"^(8 bit) *: .* the first (\d+) of (\d+) characters", result.stdout, re.M)
+    assert [(name, same) for name, same, length in said if same == length] == [("8 bit", "60")]
+    errors = re.findall(r"^(\d) bit, .* error ([0-9.]+)$", result.stdout, re.MULTILINE)
+    bounds = {"8": 0.03, "4": 0.2, "2": 1.0}
+    assert [bits for bits, error in errors if float(error) < bounds[bits]] == ["8", "4", "2"]
