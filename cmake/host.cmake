@@ -20,10 +20,12 @@ endif()
 pybind11_add_module(_C MODULE NO_EXTRAS ${host_sources} csrc/core/cpu/isa.cpp)
 target_link_libraries(_C PRIVATE kvcore_flags)
 string(JOIN " " KVCORE_FLAGS ${KVCORE_CXX_FLAGS})
+# With semicolons it would be several definitions.
+string(JOIN " " KVCORE_CUDA_ARCH_NAMES ${KVCORE_CUDA_BUILT})
 target_compile_definitions(_C PRIVATE
   KVCORE_VERSION="${KVCORE_VERSION}"
   KVCORE_TORCH_TARGET=${KVCORE_TORCH_TARGET}
-  KVCORE_CUDA_ARCHS="${KVCORE_CUDA_BUILT}"
+  KVCORE_CUDA_ARCHS="${KVCORE_CUDA_ARCH_NAMES}"
   KVCORE_FLAGS="${KVCORE_FLAGS}"
   KVCORE_BUILD_TYPE="${CMAKE_BUILD_TYPE}"
   KVCORE_SANITIZED=$<BOOL:${KVCORE_SANITIZE}>)

@@ -1,8 +1,10 @@
 """What was built, what it exports and needs, and how it loads."""
 
+import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -308,6 +310,22 @@ def test_cuda_with_nvcc(checkout, option, cuda, expected):
     result, has_cuda = configure(checkout, f"-DKVCORE_CUDA={option}")
     assert result.returncode == 0, result.stderr
     assert has_cuda == expected
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("archs", ["80;90a-real;120-real", "86"])
+def test_the_pybind11_module_is_told_every_architecture(checkout, archs):
+    """What CMake would take for several definitions has broken the command that compiles it."""
+    pytest.importorskip("pybind11")
+    add_cuda_source(checkout)
+    result, _ = configure(
+        checkout, "-DKVCORE_CUDA=ON", "-DKVCORE_HOST=ON", f"-DKVCORE_CUDA_ARCHS={archs}"
+    )
+    assert result.returncode == 0, result.stderr
+    commands = json.loads((checkout / "build" / "compile_commands.json").read_text())
+    (command,) = (row["command"] for row in commands if row["file"].endswith("host/module.cpp"))
+    told = [word for word in shlex.split(command) if word.startswith("-DKVCORE_CUDA_ARCHS=")]
+    assert told == [f'-DKVCORE_CUDA_ARCHS="{archs.replace(";", " ")}"']
 
 
 @pytest.mark.parametrize(

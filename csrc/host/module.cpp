@@ -4,7 +4,10 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <iterator>
 #include <sstream>
+#include <string>
+#include <vector>
 
 #include "core/cpu/isa.h"
 #include "host/page_allocator.h"
@@ -15,13 +18,9 @@ namespace py = pybind11;
 namespace kvcore::host {
 namespace {
 
-std::vector<std::string> split(const std::string& text, char separator) {
-  std::vector<std::string> parts;
+std::vector<std::string> words(const std::string& text) {
   std::istringstream stream(text);
-  for (std::string part; std::getline(stream, part, separator);) {
-    if (!part.empty()) parts.push_back(part);
-  }
-  return parts;
+  return {std::istream_iterator<std::string>(stream), {}};
 }
 
 #define KVCORE_ISA_LEVEL_(level, ...) Isa::level,
@@ -56,7 +55,7 @@ py::dict build_info() {
 #else
   info["amx_model"] = false;
 #endif
-  info["cuda_archs"] = split(KVCORE_CUDA_ARCHS, ';');
+  info["cuda_archs"] = words(KVCORE_CUDA_ARCHS);
   info["sanitized"] = static_cast<bool>(KVCORE_SANITIZED);
   info["pybind11"] = PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(
       PYBIND11_VERSION_MINOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_PATCH);
