@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from report import best_peer, described, is_ours, load, rate, table
+from report import described, fastest_peer, is_ours, load, rate, table
 
 WIDTHS = ("8 bit", "4 bit", "K4V2", "2 bit")
 
@@ -25,30 +25,35 @@ def _case_label(shape: dict[str, int]) -> str:
     return label
 
 
+def _against(case: dict, names: list[str]) -> list[str]:
+    """The fastest peer of a case and its time, and our variants' times with the ratio to it."""
+    variants, name = case["variants"], fastest_peer(case)
+    peer = variants[name]["median"]
+    ours = (variants[own]["median"] for own in names)
+    formulation = name.split(",")[0]
+    return [f"{formulation}, {_ms(peer)}", *(f"{_ms(own)}, {peer / own:.1f}x" for own in ours)]
+
+
 def turbo(device: str) -> str:
-    """Decode and prefill against torch's attention in bf16, and what an append costs."""
+    """Decode and prefill against the fastest peer of all, and what an append costs."""
     result = load(device, "turbo")
     rows, errors, appends = [], [], []
+    ours = [f"kvcore {width}" for width in WIDTHS]
     for case in result["cases"]:
-        peer, variants = best_peer(case, "SDPA bf16"), case["variants"]
+        shape, variants = case["shape"], case["variants"]
         if case["name"].startswith("decode"):
-            ours = (variants[f"kvcore {width}"]["median"] for width in WIDTHS)
-            cells = [f"{_ms(seconds)}, {peer / seconds:.1f}x" for seconds in ours]
-            rows.append([_case_label(case["shape"]), _ms(peer), *cells])
-            shape = case["shape"]
+            rows.append([_case_label(shape), *_against(case, ours)])
             if shape["kv_len"] == 32768 and shape["q_len"] == 1 and shape["head_dim"] == 128:
-                found = [variants[f"kvcore {width}"]["error"] for width in WIDTHS]
-                peers = [v["error"] for n, v in variants.items() if "SDPA bf16" in n]
-                errors = ["relative error on Gaussian data, 32,768 tokens", f"{min(peers):.3f}"]
+                found = [variants[name]["error"] for name in (fastest_peer(case), *ours)]
+                errors = ["relative error on Gaussian data, 32,768 tokens"]
                 errors += [f"{error:.3f}" for error in found]
         elif case["name"].startswith("causal prefill"):
-            ours = variants["kvcore int8"]["median"]
-            label = f"causal prefill, {case['shape']['kv_len']:,} tokens, int8"
-            rows.append([label, _ms(peer), f"{_ms(ours)}, {peer / ours:.1f}x", "", "", ""])
+            label = f"causal prefill, {shape['kv_len']:,} tokens, int8"
+            rows.append([label, *_against(case, ["kvcore int8"]), "", "", ""])
         elif case["name"].startswith("append"):
             appends.append(case)
     rows.sort(key=lambda row: not row[0].startswith("decode"))
-    lines = table(["", "SDPA bf16", "kvcore 8 bit", *WIDTHS[1:]], [*rows, errors])
+    lines = table(["", "fastest peer", "kvcore 8 bit", *WIDTHS[1:]], [*rows, errors])
     lines += ["", "Appending one token to each layer's cache:", ""]
     header = ["", *appends[0]["variants"]]
     lines += table(
@@ -82,7 +87,8 @@ def turbo_peers(device: str) -> str:
             _ms(variants[name]["median"]) if name in variants else absent.get(name, "")
             for name in [*others, *ours]
         ]
-        rows.append([_case_label(case["shape"]), _ms(best_peer(case, "SDPA bf16")), *cells])
+        sdpa = variants[fastest_peer(case, "SDPA bf16")]["median"]
+        rows.append([_case_label(case["shape"]), _ms(sdpa), *cells])
     lines = table(["", "SDPA bf16", *others, *ours], rows)
     return "\n".join([*lines, "", described(result), *_peers(result)])
 
@@ -135,8 +141,7 @@ def _cases(device: str, family: str) -> str:
     result = load(device, family)
     rows = []
     for case in result["cases"]:
-        peers = {n: v for n, v in case["variants"].items() if not is_ours(n)}
-        fastest = min(peers, key=lambda n: peers[n]["median"], default=None)
+        fastest = fastest_peer(case)
         for name, variant in case["variants"].items():
             if not is_ours(name):
                 continue
@@ -144,7 +149,7 @@ def _cases(device: str, family: str) -> str:
             if fastest is None:
                 cells += ["", ""]
             else:
-                seconds = peers[fastest]["median"]
+                seconds = case["variants"][fastest]["median"]
                 cells += [f"{fastest}, {_ms(seconds)}", f"{seconds / variant['median']:.1f}x"]
             rows.append([*cells, rate(case, variant, result["ceilings"])])
     header = ["case", "variant", "median", "fastest peer", "speed", "rate (share of limit)"]

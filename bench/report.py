@@ -35,10 +35,10 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
     ]
 
 
-def best_peer(case: dict, key: str = "") -> float:
-    """Median seconds of the fastest peer whose name contains ``key``; NaN if there is none."""
-    times = [v["median"] for n, v in case["variants"].items() if not is_ours(n) and key in n]
-    return min(times) if times else float("nan")
+def fastest_peer(case: dict, key: str = "") -> str | None:
+    """Name of the fastest peer's variant whose name contains ``key``; None if there is none."""
+    times = {n: v["median"] for n, v in case["variants"].items() if not is_ours(n) and key in n}
+    return min(times, key=times.get, default=None)
 
 
 def rate(case: dict, variant: dict, ceilings: dict) -> str:
@@ -58,12 +58,11 @@ def rate(case: dict, variant: dict, ceilings: dict) -> str:
 def case_rows(case: dict, ceilings: dict) -> list[list[str]]:
     """One row per variant: milliseconds, spread, ratio, rate, peak of memory, error."""
     rows = []
-    best = best_peer(case)
-    bf16 = best_peer(case, "bf16")
+    peer = fastest_peer(case)
     for name, v in case["variants"].items():
         ms = f"{v['median'] * 1e3:.3f}"
         spread = f"{v['p10'] * 1e3:.3f}-{v['p90'] * 1e3:.3f}"
-        against = f"{(bf16 if bf16 == bf16 else best) / v['median']:.2f}x"
+        against = "" if peer is None else f"{case['variants'][peer]['median'] / v['median']:.2f}x"
         peak = v.get("peak_bytes")
         memory = "" if peak is None else f"{peak / 1e6:.1f}"
         error = "" if v["error"] is None else f"{v['error']:.4f}"
@@ -80,7 +79,7 @@ HEADER = [
     "variant",
     "median ms",
     "p10-p90",
-    "speed against",
+    "speed against fastest peer",
     "rate (share of limit)",
     "peak MB",
     "rel. error",
@@ -114,13 +113,10 @@ def markdown(result: dict) -> str:
     lines += [f"Peer {name}: {text}." for name, text in result.get("peers", {}).items()]
     for case in result["cases"]:
         cold = "cold cache" if case["cold"] else "warm"
-        header = list(HEADER)
-        bf16 = best_peer(case, "bf16")
-        header[3] += " bf16" if bf16 == bf16 else " best peer"
         lines += ["", f"### {case['name']} ({cold})", ""]
-        empty = [""] * (len(header) - 2)
+        empty = [""] * (len(HEADER) - 2)
         absent = [[*row, *empty] for row in absent_rows(case)]
-        lines += table(header, case_rows(case, result["ceilings"]) + absent)
+        lines += table(HEADER, case_rows(case, result["ceilings"]) + absent)
     return "\n".join(lines)
 
 

@@ -43,7 +43,7 @@ def test_summary(bench, count):
     assert result["p10"] <= result["median"] <= result["p90"]
 
 
-def test_report_compares_with_the_faster_bf16_peer(bench):
+def test_report_compares_with_the_fastest_peer(bench):
     from report import markdown
 
     def variant(seconds, num_bytes=0):
@@ -55,9 +55,10 @@ def test_report_compares_with_the_faster_bf16_peer(bench):
         "cold": True,
         "operations": 0,
         "variants": {
-            "SDPA fp32": variant(1e-3),
+            "SDPA fp32": variant(9e-3),
             "SDPA bf16, a": variant(8e-3),
             "SDPA bf16, b": variant(4e-3),
+            "ggml f16": variant(3e-3),
             "kvcore 4 bit": variant(2e-3, 20_000_000),
         },
     }
@@ -69,7 +70,7 @@ def test_report_compares_with_the_faster_bf16_peer(bench):
         "cases": [case],
     }
     row = next(line for line in markdown(result).splitlines() if "kvcore 4 bit" in line)
-    assert "2.00x" in row  # against the faster bf16 variant, not the fp32 one
+    assert "1.50x" in row  # whatever its type and whoever's it is
     assert "10 GB/s (50% of read)" in row
 
 
