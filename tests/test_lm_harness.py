@@ -114,6 +114,39 @@ def test_compressed_cache_is_scored_through_the_cache(requests):
         assert greedy == same
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "turbo:2", "lexico:k7v4", "quantized:fp8"])
+def test_answers_that_run_together_are_scored_as_if_alone(requests, cache):
+    """Answers of 1 to 150 tokens: to one context some of one length, and some to none at all."""
+    text = tasks.source_prompt(400).text.decode()
+    asked = [*requests, *((text[:200], text[begin : begin + 70]) for begin in (200, 230, 260))]
+    asked += [("", text[:70]), ("", text[100:170])]
+    alone = _model(cache, batch_size=1).loglikelihood(_requests(*asked), disable_tqdm=True)
+    model, sizes = _model(cache, batch_size=2), []
+    score = model._score
+    model._score = lambda *args: sizes.append(len(args[1])) or score(*args)
+    together = model.loglikelihood(_requests(*asked[::-1]), disable_tqdm=True)
+    assert sum(sizes) == len(asked)
+    assert sizes.count(2) == 3  # of 70 tokens, and of both questions
+    for (nats, greedy), (expected, same) in zip(together[::-1], alone, strict=True):
+        assert nats == pytest.approx(expected, abs=1e-3)
+        assert greedy == same
+
+
+def test_answers_run_alone_where_one_would_change_another():
+    model = _model("turbo:4:low_bit_heads=0.5", batch_size=4)
+    assert model._answers_together(None) == 1
+    assert _model("turbo:4", batch_size=4)._answers_together(None) == 4
+    assert _model("turbo:4", batch_size="auto")._answers_together(None) == 1
+
+
+def test_mixed_precision(requests):
+    """The prompt is run in the precision of the steps: a cache takes one dtype."""
+    model = _model("turbo:8", mixed_precision_dtype="bfloat16")
+    found = model.loglikelihood(_requests(*requests[:2]), disable_tqdm=True)
+    exact = _model("turbo:8").loglikelihood(_requests(*requests[:2]), disable_tqdm=True)
+    assert [x for x, _ in found] == pytest.approx([x for x, _ in exact], rel=0.05)
+
+
 def test_two_bits_change_log_likelihoods(plain, requests):
     """With one forward pass they would not; nor would they with a cache that returns nothing."""
     exact, two = (
@@ -249,8 +282,9 @@ def test_tasks_read_the_cache(results, cache, monkeypatch):
     assert {type(cache).__name__ for cache in made} == {
         type(real(model.choice, model.model)).__name__
     }
-    # One for the batch that is generated, and one for every answer that is ranked.
-    assert len(made) == 1 + sum(map(len, _ranked(again)))
+    # One for the batch that is generated, and one for every four answers that are ranked: they are
+    # single tokens.
+    assert len(made) == 1 + sum(-(-len(row) // 4) for row in _ranked(again))
     assert all(layer.get_seq_length() > 250 for cache in made for layer in cache.layers)
 
 
@@ -287,6 +321,7 @@ def test_command(task_folder, tmp_path, monkeypatch, capsys):
     [
         ({"cache": "turbo:5"}, "cache turbo:5: k_bits must be 8, 4 or 2, got 5"),
         ({"cache": "nothing"}, "cache must be one of: dynamic"),
+        ({"cache": "kvpress:knorm:0.5"}, "kvpress:knorm:0.5: caches that evict tokens are for kvc"),
         ({"cache": "turbo:4", "chunk": 0}, "chunk must be at least 1, got 0"),
         ({"cache": "lexico", "dictionaries": "/no/such"}, "cache lexico: dictionaries: there are"),
     ],

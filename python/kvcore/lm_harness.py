@@ -12,8 +12,10 @@ give the cache to ``generate``.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from kvcore.demo import models
-from kvcore.eval import prefill, specs, stepwise_scores
+from kvcore.eval import prefill, repeated, specs, stepwise_scores
 from kvcore.eval.peers import why_not
 
 
@@ -59,6 +61,10 @@ class KVCoreLM(HFLM):
             self.choice = specs.parse(cache, dictionaries)
         except ValueError as error:
             raise RefusedError(str(error)) from error
+        if self.choice.evicts:
+            # Answers that share a context share its prefill, which has lost nothing; and generate
+            # takes positions from the number of tokens in the cache.
+            raise RefusedError(f"cache {cache}: caches that evict tokens are for kvcore eval alone")
         if int(chunk) < 1:
             raise RefusedError(f"chunk must be at least 1, got {chunk}")
         self.chunk = int(chunk)
@@ -89,27 +95,49 @@ class KVCoreLM(HFLM):
     ) -> list[tuple[float, bool]]:
         """Log-probability of each answer, and whether it is what greedy decoding would say.
 
-        Answers are scored one by one: the steps of one would read the padding of another.
+        Answers to one context share its prefill, and those of one length run together, up to the
+        batch size. Others do not: a cache cuts tokens into pages and blocks by their number and
+        scales them by the largest of a step, padding counted, so that a score would depend on what
+        else is in its batch.
         """
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        shared: tuple[list[int], Any] = ([], None)
-        # Answers to one question stand together, and its context is run once.
-        order = sorted(range(len(requests)), key=lambda i: requests[i][1])
+        contexts = [self._fitting(context, answer) for _, context, answer in requests]
+
+        def prompt(i: int) -> list[int]:
+            # The last token predicts the first of the answer, and has to read the cache for it.
+            return contexts[i][:-1]
+
+        def length(i: int) -> int:
+            return len(requests[i][2])
+
+        order = sorted(range(len(requests)), key=lambda i: (prompt(i), length(i)))
+        size = self._answers_together(override_bs)
         hidden = disable_tqdm or self.rank != 0
-        attention = self.choice.attention(self.model)
-        with attention, tqdm(order, desc="answers through the cache", disable=hidden) as bar:
-            for i in bar:
-                request, context, answer = requests[i]
-                context = self._fitting(context, answer)
-                # Its last token predicts the first of the answer, and has to read the cache for it.
-                prompt = context[:-1]
-                if shared[0] != prompt:
-                    ids = torch.tensor([prompt], device=self.device)
-                    shared = prompt, prefill(self.model, ids) if prompt else None
-                answers[i] = self._score(context + answer, len(answer), shared[1])
-                if request is not None:
-                    self.cache_hook.add_partial("loglikelihood", request, answers[i])
+        bar = tqdm(total=len(order), desc="answers through the cache", disable=hidden)
+        with self.choice.attention(self.model), self._autocast(), bar:
+            for shared, group in itertools.groupby(order, prompt):
+                ids = torch.tensor([shared], device=self.device)
+                prefilled = prefill(self.model, ids) if shared else None
+                for _, alike in itertools.groupby(group, length):
+                    # Without a prompt to begin with, a cache may scale one by the other.
+                    for part in _parts(list(alike), size if shared else 1):
+                        fed = [contexts[i][-1:] + requests[i][2] for i in part]
+                        for i, found in zip(part, self._score(shared, fed, prefilled), strict=True):
+                            answers[i] = found
+                            if requests[i][0] is not None:
+                                self.cache_hook.add_partial("loglikelihood", requests[i][0], found)
+                        bar.update(len(part))
         return answers
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        dtype = self.mixed_precision_dtype
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _answers_together(self, override_bs: int | None) -> int:
+        size = override_bs or self.batch_size  # which may be "auto"
+        # All sequences of a batch have the same heads at 2 bits: one would choose those of another.
+        depend = getattr(self.choice, "low_bit_heads", 0) > 0
+        return size if isinstance(size, int) and not depend else 1
 
     def _fitting(self, context: list[int], answer: list[int]) -> list[int]:
         """The end of a context that fits the model; the last token of the answer is not fed."""
@@ -121,22 +149,27 @@ class KVCoreLM(HFLM):
             )
         return context[-room:]
 
-    def _score(self, tokens: list[int], count: int, prefilled: Any) -> tuple[float, bool]:
-        """Of the last `count` tokens."""
-        ids = torch.tensor([tokens], device=self.device)
-        dtype = self.mixed_precision_dtype
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            scores = stepwise_scores(
-                self.model,
-                lambda: self.choice.make(self.model),
-                ids,
-                context_len=len(tokens) - count - 1,
-                chunk=self.chunk,
-                prefilled=prefilled,
-            )[0]
-        targets = ids[0, -count:]
-        total = scores.gather(-1, targets[:, None]).sum().item()
-        return total, bool((scores.argmax(-1) == targets).all())
+    def _score(
+        self, prompt: list[int], fed: list[list[int]], prefilled: Any
+    ) -> list[tuple[float, bool]]:
+        """Of rows of a context's last token and an answer each, of one length, behind a prompt."""
+        ids = torch.tensor([prompt + row for row in fed], device=self.device)
+        scores = stepwise_scores(
+            self.model,
+            lambda: self.choice.make(self.model),
+            ids,
+            context_len=len(prompt),
+            chunk=self.chunk,
+            prefilled=prefilled and repeated(prefilled, len(fed)),
+        )
+        answers = ids[:, len(prompt) + 1 :]
+        totals = scores.gather(-1, answers[..., None]).sum((1, 2)).tolist()
+        greedy = (scores.argmax(-1) == answers).all(1).tolist()
+        return list(zip(totals, greedy, strict=True))
+
+
+def _parts(items: list[int], size: int) -> list[list[int]]:
+    return [items[begin : begin + size] for begin in range(0, len(items), size)]
 
 
 def main(options: Sequence[str]) -> int:

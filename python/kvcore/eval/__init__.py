@@ -15,7 +15,7 @@ from kvcore.eval.metrics import (
     spearman,
 )
 from kvcore.eval.sizes import CacheBytes, bytes_16bit, cache_bytes
-from kvcore.eval.stepwise import prefill, stepwise_scores
+from kvcore.eval.stepwise import prefill, repeated, stepwise_scores
 from kvcore.eval.through import scored_parts, through_caches
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "mean_interval",
     "paired_ratio_interval",
     "prefill",
+    "repeated",
     "scored_parts",
     "spearman",
     "stepwise_scores",

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcore.cache.linear import repeat_layer
+
 PAGE_TOKENS = 64  # of kvcore's stores
 
 
@@ -67,6 +69,16 @@ def prefill(model: Any, tokens: Tensor) -> Any:
     with torch.no_grad():
         _forward(model, tokens, cache, last_only=True)
     return cache
+
+
+def repeated(prefilled: Any, times: int) -> Any:
+    """What `prefill` made of one sequence, for `times` that begin with it; itself if that is 1."""
+    if times == 1:
+        return prefilled
+    prefilled = copy.deepcopy(prefilled)
+    for layer in prefilled.layers:
+        repeat_layer(layer, times)
+    return prefilled
 
 
 def stepwise_scores(
