@@ -43,23 +43,30 @@ def _against_bytes(model: dict[str, Any], axes: Any) -> None:
 
 
 def _against_pairs(model: dict[str, Any], axes: Any) -> None:
+    lowest = 100.0
     for index, row in enumerate(model["caches"]):
-        entries = row["pairs"]
+        entries = [(entry["pairs"], entry["recall"]) for entry in row["pairs"]]
+        lowest = min([lowest, *(100 * (found["mean"] - _half(found)) for _, found in entries)])
+        # Side by side: most of them recall the same.
+        shift = 1.03 ** (index - len(model["caches"]) / 2)
         axes.errorbar(
-            [entry["pairs"] for entry in entries],
-            [100 * entry["recall"]["mean"] for entry in entries],
-            yerr=[100 * _half(entry["recall"]) for entry in entries],
+            [pairs * shift for pairs, _ in entries],
+            [100 * found["mean"] for _, found in entries],
+            yerr=[100 * _half(found) for _, found in entries],
             marker=MARKERS[row["kind"]],
             color=f"C{index % 10}",
             capsize=3,
+            linewidth=1,
             label=row["label"],
         )
     numbers = [entry["pairs"] for entry in model["caches"][0]["pairs"]]
-    axes.set(xscale="log", xlabel="pairs in the prompt", ylabel="recall, %", ylim=(-3, 103))
+    bottom = min(95.0, max(0.0, 5 * (lowest // 5)))
+    axes.set(xscale="log", xlabel="pairs in the prompt", ylabel="recall, %")
+    axes.set_ylim(bottom, 100 + (100 - bottom) / 20)
     axes.set_xticks(numbers, [str(number) for number in numbers])
     axes.minorticks_off()
     axes.set_title(f"{model['model']}: recall against pairs", fontsize=10)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="lower left")
 
 
 _PANELS = {"text": _against_bytes, "pairs": _against_pairs}
