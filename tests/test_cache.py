@@ -1,5 +1,6 @@
 """TurboLayer: what it holds, how it grows and is shared; what readers see of any layer."""
 
+import copy
 import inspect
 
 import pytest
@@ -176,9 +177,14 @@ def test_views_are_read_only(make_layer, generator):
         lambda x: x.mul_(2),
         lambda x: x.copy_(torch.zeros(x.shape)),
         lambda x: torch.add(x, 1, out=x),
+        lambda x: x.__setitem__((0, 0, 0, 0), 1.0),
+        lambda x: x.share_memory_(),
     ):
         with pytest.raises(RuntimeError, match="which are read-only"):
             change(layer.keys)
+    copied = copy.deepcopy(layer.keys)
+    assert type(copied) is torch.Tensor
+    assert torch.equal(copied, expected[0])
     with pytest.raises(AttributeError, match="keys cannot be assigned"):
         layer.keys = expected[0]
     assert torch.equal(stored(layer), expected)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import MistralConfig
 
+import hf_models
 import kvcore.hf
 from cache_tools import (
     held_storages,
@@ -38,7 +39,8 @@ def test_layers_of_a_hybrid():
 
 def test_layers_follow_the_model():
     sliding = MistralConfig(num_hidden_layers=2, head_dim=64, sliding_window=16)
-    names = {type(layer).__name__ for layer in TurboCache(sliding).layers}
+    with pytest.warns(RuntimeWarning, match="nothing to compress"):
+        names = {type(layer).__name__ for layer in TurboCache(sliding).layers}
     assert names == {"DynamicSlidingWindowLayer"}
     cache = TurboCache(plain_config(), k_bits=[8, 2], v_bits=[4, 8])
     assert [(s.settings.k_bits, s.settings.v_bits) for s in cache.layers] == [(8, 4), (2, 8)]
@@ -60,6 +62,15 @@ def test_unsupported_head_dim_stays_exact():
         cache = TurboCache(plain_config(head_dim=80))
     assert {type(layer).__name__ for layer in cache.layers} == {"DynamicLayer"}
     assert kvcore.hf.fallback_reasons() == {"unsupported head_dim": 1}
+
+
+def test_a_model_with_nothing_to_compress_is_named():
+    config = hf_models.config(hf_models.SLIDING, layer_types=["sliding_attention"] * 2)
+    said = "nothing to compress: no layer has plain full attention; there are: DynamicSlidingWin"
+    with pytest.warns(RuntimeWarning, match=said):
+        cache = TurboCache(config)
+    assert cache.compressed_layers() == []
+    assert kvcore.hf.fallback_reasons() == {"nothing to compress": 1}
 
 
 @pytest.mark.parametrize(

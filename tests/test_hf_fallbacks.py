@@ -19,6 +19,7 @@ from hf_models import (
     stepwise_logits,
     stored_lens,
 )
+from kvcore.cache import TurboLayer
 from kvcore.cache.view import LazyKV
 from kvcore.hf.attention import exact_attention, kvcore_attention
 
@@ -204,3 +205,37 @@ def test_half_precision(make_cache, dtype):
     assert error < 0.04
     assert type(cache.layers[0].keys) is LazyKV
     assert cache.layers[0].keys.dtype == dtype
+
+
+@each_cache
+@pytest.mark.parametrize("enabled", [True, False])
+def test_autocast(make_cache, enabled):
+    """K comes in fp32 and V in bf16; both are kept in bf16, which attention would make of them."""
+    name = "qwen3"
+    net = copy.deepcopy(model(name))
+    if enabled:
+        kvcore.hf.enable(net)
+    ids, mask = prompt(2, 130, (0, 30))
+    cache = make_cache(name)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for begin, end in ((0, 100), (100, 129), (129, 130)):
+            step = {"attention_mask": mask[:, :end], "past_key_values": cache}
+            logits = net(ids[:, begin:end], **step).logits
+    error = relative_l2(logits.float(), full_logits(name, ids, mask)[:, 129:])
+    assert error < 0.04
+    assert cache.layers[0].keys.dtype == torch.bfloat16
+    assert type(cache.layers[0].keys) is LazyKV
+    assert kvcore.hf.fallback_reasons() == {}
+
+
+def test_autocast_over_a_cache_that_began_without(generator):
+    """It keeps its dtype; what autocast leaves alone is refused as ever."""
+    layer = TurboLayer()
+    k, v = torch.randn(2, 1, 2, 70, 64, generator=generator)
+    layer.update(k, v)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        views = layer.update(k[:, :, :1], v[:, :, :1].bfloat16())
+        assert [view.dtype for view in views] == [torch.float32] * 2
+        with pytest.raises(ValueError, match=r"key_states must have dtype torch\.float32, got"):
+            layer.update(k[:, :, :1].double(), v[:, :, :1].double())
+    assert layer.get_seq_length() == 71

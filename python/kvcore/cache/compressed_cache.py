@@ -34,6 +34,11 @@ class CompressedCache(DynamicCache, abc.ABC):
     def _compress(self, make_layer: Callable[[int], CompressedLayer | None]) -> None:
         """Replaces the plain attention layers, but where None is made; others that hold K and V are
         named."""
+        if not any(map(is_plain_attention, self.layers)):
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in self.layers})) or "none"
+            reasons.record(
+                "nothing to compress", f"no layer has plain full attention; there are: {kinds}"
+            )
         for i, layer in enumerate(self.layers):
             if is_plain_attention(layer):
                 self.layers[i] = make_layer(i) or layer

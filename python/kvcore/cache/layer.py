@@ -13,7 +13,7 @@ from kvcore.cache import compat, reasons
 from kvcore.cache.exact import ExactTokens, why_unsupported
 from kvcore.cache.layer_files import LayerFiles
 from kvcore.cache.padding import PaddingTracker
-from kvcore.cache.tensors import storage_bytes
+from kvcore.cache.tensors import storage_bytes, under_autocast
 from kvcore.cache.view import LazyKV, Snapshot
 
 
@@ -184,7 +184,7 @@ class CompressedLayer(LayerFiles, CacheLayerMixin):
 
         Args:
             key_states: ``[batch, kv_heads, num_new, head_dim]``, fp32, fp16 or bf16.
-            value_states: shape and dtype of key_states.
+            value_states: shape and dtype of key_states. Under autocast both may be of any dtype.
 
         Returns:
             K and V ``[batch, kv_heads, tokens, head_dim]``, exact or lazy (see the class).
@@ -199,6 +199,7 @@ class CompressedLayer(LayerFiles, CacheLayerMixin):
     def _update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.store is not None and (views := self._step(k, v)) is not None:
             return views
+        k, v = under_autocast(self.dtype, k, v)
         first = not self.is_initialized
         try:
             if first:
@@ -362,23 +363,6 @@ class CompressedLayer(LayerFiles, CacheLayerMixin):
                 self.store.to(device)
         elif self._exact is not None:
             self._exact = self._exact.to(device)
-
-    # ---- files
-
-    def synced_store(self):
-        """The store, with the host's count of tokens up to date."""
-        return self.store
-
-    def restore_exact(self, k: Tensor, v: Tensor, padding: np.ndarray) -> None:
-        """Adopts tokens that are held exactly."""
-        self.lazy_initialization(k, v)
-        self._exact = ExactTokens([k, v], padding)
-
-    def _adopt_shape(
-        self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
-    ) -> None:
-        none = torch.empty((shape[0], shape[1], 0, shape[2]), dtype=dtype, device=device)
-        self.lazy_initialization(none, none)
 
     # ---- accounting
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import abc
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from kvcore.cache.exact import ExactTokens
 
 
 class LayerFiles(abc.ABC):
@@ -41,3 +44,18 @@ class LayerFiles(abc.ABC):
         self, row: dict, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device
     ) -> None:
         """Adopts what :meth:`export_store` gave, after it was checked."""
+
+    def synced_store(self):
+        """The store, with the host's count of tokens up to date."""
+        return self.store
+
+    def restore_exact(self, k: Tensor, v: Tensor, padding: np.ndarray) -> None:
+        """Adopts tokens that are held exactly."""
+        self.lazy_initialization(k, v)
+        self._exact = ExactTokens([k, v], padding)
+
+    def _adopt_shape(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        none = torch.empty((shape[0], shape[1], 0, shape[2]), dtype=dtype, device=device)
+        self.lazy_initialization(none, none)

@@ -10,6 +10,7 @@ from kvcore.cache import compat, store_files
 from kvcore.cache.padding import PaddingTracker, hides_the_rest
 from kvcore.cache.settings import TurboSettings
 from kvcore.cache.static_store import StaticStore
+from kvcore.cache.tensors import under_autocast
 from kvcore.cache.turbo_layer import TurboLayer
 from kvcore.cache.view import LazyKV, Snapshot
 
@@ -25,6 +26,10 @@ class StaticView:
     def __init__(self, layer: StaticTurboLayer, kv_idx: int) -> None:
         self.layer = layer
         self.kv_idx = kv_idx
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layer.dtype
 
 
 class StaticTurboLayer(TurboLayer):
@@ -85,7 +90,7 @@ class StaticTurboLayer(TurboLayer):
         """Stores new tokens; see :class:`TurboLayer`."""
         if not (torch.compiler.is_compiling() and self.can_compile):
             return super().update(key_states, value_states)
-        self.store.append_op(key_states, value_states, None)
+        self.store.append_op(*under_autocast(self.dtype, key_states, value_states), None)
         self.cumulative_length.add_(key_states.shape[2])
         if self.tracker.native:
             return StaticView(self, 0), StaticView(self, 1)
@@ -137,7 +142,8 @@ class StaticTurboLayer(TurboLayer):
 
         Raises:
             ValueError: while it is traced, for a mask of other keys.
-            RuntimeError: from the graph; on CUDA an assertion of the device.
+            RuntimeError: from the graph. On CUDA it is an assertion of the device, raised by a
+                later call, after which the process can do no more there.
         """
         if mask is None:
             plain = (self._shifts == 0).all()

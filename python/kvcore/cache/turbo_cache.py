@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import StaticCache
 
 from kvcore.cache import file_format, reasons, serialize
+from kvcore.cache.checks import is_int
 from kvcore.cache.compressed_cache import CompressedCache
 from kvcore.cache.model_facts import head_dim_of, is_plain_attention
 from kvcore.cache.settings import HEAD_DIMS, TurboSettings, check_bits
@@ -41,7 +42,8 @@ class TurboCache(CompressedCache):
         max_cache_len: most tokens of a sequence, padding counted. All memory is then allocated at
             the first update, and decoding can be compiled; the batch size is fixed. A compiled
             step whose mask hides more than the future and the prompt's left padding, or less, is
-            an error; an eager one takes any mask.
+            an error (on CUDA an assertion of the device, which ends the process's work there); an
+            eager one takes any mask.
 
     Raises:
         ValueError: naming the argument.
@@ -64,10 +66,11 @@ class TurboCache(CompressedCache):
         super().__init__(config)
         text_config = config.get_text_config(decoder=True)
         if max_cache_len is not None:
-            if isinstance(max_cache_len, bool) or not isinstance(max_cache_len, int):
-                raise ValueError(f"TurboCache: max_cache_len must be an int, got {max_cache_len!r}")
-            if max_cache_len < 1:
-                raise ValueError(f"TurboCache: max_cache_len must be positive, got {max_cache_len}")
+            # Lengths are int32 in the store.
+            if not is_int(max_cache_len, 1, 2**31 - 1):
+                raise ValueError(
+                    f"TurboCache: max_cache_len must be an int in [1, 2^31), got {max_cache_len!r}"
+                )
             self.layers = StaticCache(config=text_config, max_cache_len=max_cache_len).layers
         self.settings = TurboSettings(
             sink_pages=sink_pages,

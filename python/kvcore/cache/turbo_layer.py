@@ -67,6 +67,7 @@ class TurboLayer(CompressedLayer):
             or self.tracker.native is False
             or torch.is_grad_enabled()
             or k.dtype is not self.dtype
+            or v.dtype is not self.dtype
         ):
             return None
         try:

@@ -91,6 +91,17 @@ class LazyKV(Tensor):
         """The tensor, ``[batch, kv_heads, width, head_dim]``."""
         return self.snapshot.materialize(self.kv_idx)
 
+    def __setitem__(self, index: object, value: object) -> None:
+        # It would change the rebuilt tensor, which kvcore's attention does not read.
+        raise RuntimeError(_read_only("an assignment to a part"))
+
+    def share_memory_(self) -> LazyKV:
+        # torch would share a storage that is not there, and crash.
+        raise RuntimeError(_read_only("share_memory_()"))
+
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        return self.materialize().clone()
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -98,13 +109,17 @@ class LazyKV(Tensor):
             for i, argument in enumerate(func._schema.arguments):
                 value = args[i] if i < len(args) else kwargs.get(argument.name)
                 if argument.is_write and isinstance(value, cls):
-                    raise RuntimeError(
-                        f"kvcore: {func} would change keys or values inside a compressed cache, "
-                        "which are read-only; clone() them first"
-                    )
+                    raise RuntimeError(_read_only(func))
         args = tree_map_only(cls, cls.materialize, args)
         return func(*args, **tree_map_only(cls, cls.materialize, kwargs))
 
     def __repr__(self, *, tensor_contents=None) -> str:
         name = "KV"[self.kv_idx]
         return f"LazyKV({name}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def _read_only(change: object) -> str:
+    return (
+        f"kvcore: {change} would change keys or values inside a compressed cache, which are "
+        "read-only; clone() them first"
+    )

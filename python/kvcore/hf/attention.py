@@ -8,6 +8,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvcore.cache import reasons
 from kvcore.cache.static_layer import StaticView
+from kvcore.cache.tensors import under_autocast
 from kvcore.cache.view import LazyKV
 
 # Features that scaled_dot_product_attention does not have either.
@@ -60,6 +61,8 @@ def kvcore_attention(
         is_causal = getattr(module, "is_causal", True)
     special = {name: kwargs[name] for name in _SPECIAL if name in kwargs and _is_set(kwargs[name])}
     rebuilt = False
+    if type(key) in (LazyKV, StaticView):
+        (query,) = under_autocast(key.dtype, query)
     if type(key) is StaticView:
         if not special and not dropout and kwargs.get("sliding_window") is None:
             key.layer.check_mask(attention_mask, query.shape[2], is_causal)
