@@ -12,11 +12,11 @@ import collections
 import json
 import pathlib
 import platform
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+import commit
+
 MAX_SAMPLES = 200  # of failing tests' names, to keep the file small
 
 
@@ -68,14 +68,6 @@ def _junit(path: pathlib.Path) -> dict[str, object]:
     return {**counts, "failed": failed[:MAX_SAMPLES], "skipped_because": most}
 
 
-def _git(*args: str) -> str:
-    try:
-        run = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return run.stdout.strip()
-
-
 def collect(work: pathlib.Path, gpu: str) -> dict[str, object]:
     """Everything that the stages left, as one JSON-ready value."""
     stages = []
@@ -94,17 +86,7 @@ def collect(work: pathlib.Path, gpu: str) -> dict[str, object]:
         "gpu": gpu,
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "commit": _git("rev-parse", "HEAD"),
-        "modified": bool(
-            _git(
-                "status",
-                "--porcelain",
-                "--untracked-files=no",
-                "--",
-                ":/",
-                ":(top,exclude)bench/results",
-            )
-        ),
+        **commit.describe(),
         "stages": stages,
     }
     if (work / "wrappers.json").exists():

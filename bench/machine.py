@@ -7,24 +7,13 @@ import os
 import pathlib
 import platform
 import re
-import subprocess
 
+import commit
 import torch
 from timer import interleave, summary
 
 import kvcore
 from kvcore import _C
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-
-def _git(*args: str) -> str:
-    try:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def _cpu_name() -> str:
@@ -33,6 +22,8 @@ def _cpu_name() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     field = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.*)$", text, re.MULTILINE))
+    if len(field) < 3:  # not an x86
+        return platform.processor() or platform.machine()
     return f"{field['model name']} (family {field['cpu family']}, model {field['model']})"
 
 
@@ -44,21 +35,11 @@ def describe(device: torch.device) -> dict[str, object]:
         "isa": _C.cpu_isa()["active"],
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
-        "commit": _git("rev-parse", "HEAD"),
-        "modified": bool(
-            _git(
-                "status",
-                "--porcelain",
-                "--untracked-files=no",
-                "--",
-                ":/",
-                ":(top,exclude)bench/results",
-            )
-        ),
+        **commit.describe(),
         "kvcore": kvcore.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
 
