@@ -55,13 +55,16 @@ def turbo(device: str) -> str:
     rows.sort(key=lambda row: not row[0].startswith("decode"))
     lines = table(["", "fastest peer", "kvcore 8 bit", *WIDTHS[1:]], [*rows, errors])
     lines += ["", "Appending one token to each layer's cache:", ""]
-    header = ["", *appends[0]["variants"]]
+    names = list(dict.fromkeys(name for case in appends for name in case["variants"]))
     lines += table(
-        header,
+        ["", *names],
         [
             [
                 case["name"].removeprefix("append one token to ") + (", cold" * case["cold"]),
-                *(_ms(v["median"]) for v in case["variants"].values()),
+                *(
+                    _ms(case["variants"][n]["median"]) if n in case["variants"] else ""
+                    for n in names
+                ),
             ]
             for case in appends
         ],

@@ -21,6 +21,8 @@ from cases import (
     _relative_error,
 )
 
+# Room for those of all rounds in a cache of fixed capacity.
+APPENDED_TOKENS = 1024
 WIDTHS = {"8 bit": (8, 8), "4 bit": (4, 4), "K4V2": (4, 2), "2 bit": (2, 2)}
 # What the formats lose on Gaussian data, with room for the spread of one seed: a kernel that
 # computes something else is not timed. At most 0.020, 0.135, 0.59 and 0.79 were measured, the last
@@ -150,7 +152,11 @@ def _append(kv_len: int, layers: int, device: torch.device) -> Case:
         hidden_size=Q_HEADS * HEAD_DIM,
     )
     new = k[:, :, -1:].clone(), v[:, :, -1:].clone()
-    caches = {"DynamicCache": peers.dynamic_cache(), "kvcore TurboCache": TurboCache(config)}
+    caches = {
+        "DynamicCache": peers.dynamic_cache(),
+        "StaticCache": peers.static_cache(config, kv_len + APPENDED_TOKENS),
+        "kvcore TurboCache": TurboCache(config),
+    }
     if layers == 1:  # 0.4 s a layer
         caches["QuantizedCache fp8"] = peers.quantized_cache(config)
     count = "1 layer" if layers == 1 else f"{layers} layers"

@@ -87,6 +87,13 @@ def dynamic_cache():
     return DynamicCache()
 
 
+def static_cache(config, max_cache_len: int):
+    """transformers' cache of fixed capacity, which is changed in place."""
+    from transformers import StaticCache
+
+    return StaticCache(config, max_cache_len=max_cache_len)
+
+
 def quantized_cache(config):
     """transformers' quantized cache (the fp8 backend, which needs no further package)."""
     from transformers import QuantizedCache
