@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import importlib.metadata
+import importlib.util
 import math
 import re
 import sys
@@ -74,7 +75,13 @@ def test_full_cache_is_one_forward_pass(model, tokens):
     assert found.agreement.tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("choice", [TWO, QuantizedChoice("fp8")], ids=["turbo", "fp8"])
+needs_quanto = pytest.mark.skipif(
+    importlib.util.find_spec("optimum") is None, reason="pip install optimum-quanto"
+)
+QUANTO = [pytest.param(QuantizedChoice("quanto", bits), marks=needs_quanto) for bits in (4, 2)]
+
+
+@pytest.mark.parametrize("choice", [TWO, QuantizedChoice("fp8"), *QUANTO], ids=lambda c: c.label)
 def test_compressed_cache_is_a_loop_of_single_steps(control, tokens, choice):
     """Bits per byte, KL, agreement and bytes, one sequence and one token at a time."""
     sample = _draw(tokens)
@@ -85,7 +92,8 @@ def test_compressed_cache_is_a_loop_of_single_steps(control, tokens, choice):
             kvcore.hf.enable(control)
             cache = kvcore.cache.TurboCache(control.config, k_bits=2, v_bits=2)
         else:
-            cache = QuantizedCache("fp8", config=control.config)
+            options = {} if choice.nbits is None else {"nbits": choice.nbits}
+            cache = QuantizedCache(choice.backend, config=control.config, **options)
         bits, kl, same = [], [], []
         with torch.no_grad():
             control(row[None, :CONTEXT], past_key_values=cache)
@@ -104,8 +112,11 @@ def test_compressed_cache_is_a_loop_of_single_steps(control, tokens, choice):
     # Sizes depend on lengths alone, so the last row's are the first's.
     if choice is TWO:
         assert found.bytes == CacheBytes(cache.nbytes(), 0)
-    else:  # one byte an element, and a scale of K and one of V in each of the 4 layers
+    elif choice.backend == "fp8":  # one byte an element, a scale of K and one of V in each layer
         assert found.bytes.kv == 4 * (2 * 2 * 64 * (CONTEXT + SCORED) + 2 * 4)
+    else:  # the prompt in codes, with scale and zero of 64 elements in fp32; the rest as it came
+        codes = 2 * 2 * CONTEXT * (64 * choice.nbits // 8 + 2 * 4)
+        assert found.bytes.kv == 4 * (codes + 2 * 2 * 64 * 4 * SCORED)
 
 
 def test_seeds_share_no_text():
