@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcore.cache.linear import repeat_layer
-
-PAGE_TOKENS = 64  # of kvcore's stores
+from kvcore.cache.settings import PAGE_TOKENS
 
 
 def _forward(
@@ -75,6 +73,8 @@ def repeated(prefilled: Any, times: int) -> Any:
     """What `prefill` made of one sequence, for `times` that begin with it; itself if that is 1."""
     if times == 1:
         return prefilled
+    from kvcore.cache.linear import repeat_layer
+
     prefilled = copy.deepcopy(prefilled)
     for layer in prefilled.layers:
         repeat_layer(layer, times)
