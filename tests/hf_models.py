@@ -27,7 +27,7 @@ PADDING = (0, 17, 90)
 # Relative L2 error of the logits of these models against no cache at all. The largest found, over
 # four ways to cut 300 tokens into steps: 1.3 % at 8 bits and 4.9 % at 4 bits, both of qwen3.
 _TOLERANCE = {8: 0.015, 4: 0.06}
-_COMMON = {
+COMMON = {
     "vocab_size": VOCAB,
     "num_hidden_layers": 2,
     "hidden_size": 64,
@@ -58,13 +58,13 @@ _LINEAR = {
 
 def config(name, **arguments):
     if name == "qwen3_next":
-        return Qwen3NextConfig(**{**_COMMON, **_LINEAR, **arguments})
+        return Qwen3NextConfig(**{**COMMON, **_LINEAR, **arguments})
     if name == SLIDING:
         sliding = {"use_sliding_window": True, "sliding_window": WINDOW}
         types = {"layer_types": ["sliding_attention", "full_attention"]}
-        return Qwen3Config(**{**_COMMON, **sliding, **types, **arguments})
+        return Qwen3Config(**{**COMMON, **sliding, **types, **arguments})
     kind = {"llama": LlamaConfig, "qwen3": Qwen3Config}[name]
-    return kind(**{**_COMMON, **arguments})
+    return kind(**{**COMMON, **arguments})
 
 
 @functools.cache
