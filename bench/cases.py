@@ -58,6 +58,17 @@ class Case:
     absent: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass
+class Planned:
+    """A case before it is built, with the name that it will have."""
+
+    name: str
+    build: Callable[[], Case]
+
+    def __call__(self) -> Case:
+        return self.build()
+
+
 def _relative_error(out: Tensor, expected: Tensor) -> float:
     return ((out.float() - expected).norm() / expected.norm()).item()
 

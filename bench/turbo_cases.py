@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from peers import turbo as peers
@@ -14,6 +14,7 @@ from cases import (
     KV_HEADS,
     Q_HEADS,
     Case,
+    Planned,
     Task,
     Variant,
     _checked,
@@ -84,12 +85,26 @@ def _decode(
     device: torch.device,
     head_dim: int = HEAD_DIM,
     kv_heads: int = KV_HEADS,
-) -> Case:
-    q, k, v = _inputs(batch, q_len, kv_len, device, head_dim, kv_heads)
+) -> Planned:
     name = f"decode, {kv_len} tokens, batch {batch}, q_len {q_len}"
     name += "" if head_dim == HEAD_DIM else f", head_dim {head_dim}"
     name += "" if kv_heads == KV_HEADS else f", {kv_heads} kv heads"
-    case = Case(name, _shape(batch, q_len, kv_len, head_dim, kv_heads), {})
+    shape = _shape(batch, q_len, kv_len, head_dim, kv_heads)
+    return Planned(name, lambda: _build_decode(Case(name, shape, {}), device, **shape))
+
+
+def _build_decode(
+    case: Case,
+    device: torch.device,
+    *,
+    batch: int,
+    q_len: int,
+    kv_len: int,
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+) -> Case:
+    q, k, v = _inputs(batch, q_len, kv_len, device, head_dim, kv_heads)
     dense = peers.sdpa_decode(q, k, v)
     expected = dense["SDPA fp32, enable_gqa"]()
     for name, run in dense.items():
@@ -107,13 +122,18 @@ def _decode(
         error = _checked(name, _relative_error(run(), expected), MAX_ERROR[name])
         case.variants[f"kvcore {name}"] = Variant(run, _num_bytes(*pool, table), error)
     case.task = Task("decode", {"q": q, "k": k, "v": v}, expected)
-    case.operations = 4 * batch * Q_HEADS * q_len * kv_len * head_dim
+    case.operations = 4 * batch * q_heads * q_len * kv_len * head_dim
     return case
 
 
-def _prefill(tokens: int, device: torch.device) -> Case:
+def _prefill(tokens: int, device: torch.device) -> Planned:
+    name = f"causal prefill, {tokens} tokens"
+    return Planned(name, lambda: _build_prefill(name, tokens, device))
+
+
+def _build_prefill(name: str, tokens: int, device: torch.device) -> Case:
     q, k, v = _inputs(1, tokens, tokens, device)
-    case = Case(f"causal prefill, {tokens} tokens", _shape(1, tokens, tokens), {}, cold=False)
+    case = Case(name, _shape(1, tokens, tokens), {}, cold=False)
     dense = peers.sdpa_prefill(q, k, v)
     expected = dense["SDPA fp32"]()
     for name, run in dense.items():
@@ -132,7 +152,13 @@ def _prefill(tokens: int, device: torch.device) -> Case:
     return case
 
 
-def _append(kv_len: int, layers: int, device: torch.device) -> Case:
+def _append(kv_len: int, layers: int, device: torch.device) -> Planned:
+    count = "1 layer" if layers == 1 else f"{layers} layers"
+    name = f"append one token to {count} at {kv_len} tokens"
+    return Planned(name, lambda: _build_append(name, kv_len, layers, device))
+
+
+def _build_append(name: str, kv_len: int, layers: int, device: torch.device) -> Case:
     """One token's K and V joins the cache of each layer.
 
     With a single layer and a cold cache torch's and Python's code is as cold as the data. In a step
@@ -159,8 +185,7 @@ def _append(kv_len: int, layers: int, device: torch.device) -> Case:
     }
     if layers == 1:  # 0.4 s a layer
         caches["QuantizedCache fp8"] = peers.quantized_cache(config)
-    count = "1 layer" if layers == 1 else f"{layers} layers"
-    case = Case(f"append one token to {count} at {kv_len} tokens", _shape(1, 1, kv_len), {})
+    case = Case(name, _shape(1, 1, kv_len), {})
     case.shape["layers"] = layers
     for name, cache in caches.items():
         for layer in range(layers):
@@ -174,19 +199,19 @@ def _append(kv_len: int, layers: int, device: torch.device) -> Case:
     return case
 
 
-def turbo(quick: bool, device: torch.device) -> Iterator[Callable[[], Case]]:
+def turbo(quick: bool, device: torch.device) -> Iterator[Planned]:
     """Cases of the turbo family, each built only when its turn comes."""
     for kv_len in (4096,) if quick else (1024, 4096, 16384, 32768, 131072):
-        yield lambda kv_len=kv_len: _decode(1, 1, kv_len, device)
-    yield lambda: _prefill(1024, device)
-    yield lambda: _append(4096 if quick else 32768, 1, device)
+        yield _decode(1, 1, kv_len, device)
+    yield _prefill(1024, device)
+    yield _append(4096 if quick else 32768, 1, device)
     if quick:
         return
-    yield lambda: _prefill(4096, device)
-    yield lambda: _append(32768, 16, device)
-    yield lambda: _decode(8, 1, 4096, device)
-    yield lambda: _decode(1, 4, 32768, device)
+    yield _prefill(4096, device)
+    yield _append(32768, 16, device)
+    yield _decode(8, 1, 4096, device)
+    yield _decode(1, 4, 32768, device)
     for head_dim in (64, 256):
-        yield lambda head_dim=head_dim: _decode(1, 1, 32768, device, head_dim)
+        yield _decode(1, 1, 32768, device, head_dim)
     for kv_heads in (2, 32):
-        yield lambda kv_heads=kv_heads: _decode(1, 1, 4096, device, kv_heads=kv_heads)
+        yield _decode(1, 1, 4096, device, kv_heads=kv_heads)

@@ -80,7 +80,7 @@ def test_every_case_passes_its_check_and_runs(bench):
 
     import cases
 
-    case = turbo_cases._decode(1, 2, 200, torch.device("cpu"))
+    case = turbo_cases._decode(1, 2, 200, torch.device("cpu"))()
     assert {"SDPA bf16, grouped view", "kvcore 4 bit", "kvcore 8 bit"} <= set(case.variants)
     for variant in case.variants.values():
         variant.run()
@@ -88,6 +88,23 @@ def test_every_case_passes_its_check_and_runs(bench):
         cases._checked("case", 0.5, 0.1)
     with pytest.raises(SystemExit, match=r"relative error nan exceeds 0\.1"):
         cases._checked("case", float("nan"), 0.1)
+
+
+def test_a_case_that_is_not_asked_for_is_not_built(bench, monkeypatch):
+    import run
+
+    import cases
+
+    def refuse():
+        raise AssertionError("built")
+
+    wanted = cases.Case("decode, 64 tokens", {}, {"kvcore": cases.Variant(lambda: None)})
+    plans = [cases.Planned("append", refuse), cases.Planned(wanted.name, lambda: wanted)]
+    monkeypatch.setitem(run.FAMILIES, "turbo", lambda quick, device: iter(plans))
+    monkeypatch.setattr(run.machine, "ceilings", lambda rounds, device: {})
+    monkeypatch.setattr(run, "CacheFlusher", lambda device: lambda: None)
+    result = run.run_family("turbo", True, "decode", 3, torch.device("cpu"))
+    assert [case["name"] for case in result["cases"]] == ["decode, 64 tokens"]
 
 
 def test_gdns_cases_pass_their_checks_and_run(bench, monkeypatch):

@@ -73,7 +73,7 @@ def ggml(folder, tmp_path, monkeypatch):
 def decode_case():
     import turbo_cases
 
-    return turbo_cases._decode(1, 1, 130, CPU)
+    return turbo_cases._decode(1, 1, 130, CPU)()
 
 
 # ---- the same peers everywhere
@@ -375,14 +375,14 @@ def test_the_adapter_of_flashinfer_asks_for_what_the_case_expects(bench, adapter
         "BatchDecodeWithPagedKVCacheWrapper": PagedDecode,
         "single_prefill_with_kv_cache": single_prefill,
     }
-    task = turbo_cases._decode(2, 1, 64, CPU).task
+    task = turbo_cases._decode(2, 1, 64, CPU)().task
     found = adapter("flashinfer", "decode", task.arrays, "flashinfer", **functions)
     assert_within(found, task.expected, {"bf16": 0.01, "fp8": 0.06})
     # Pages that are not full, and more than one query, are not for it.
     for q_len, kv_len in ((1, 70), (2, 64)):
-        arrays = turbo_cases._decode(1, q_len, kv_len, CPU).task.arrays
+        arrays = turbo_cases._decode(1, q_len, kv_len, CPU)().task.arrays
         assert adapter("flashinfer", "decode", arrays, "flashinfer") == {}
-    task = turbo_cases._prefill(64, CPU).task
+    task = turbo_cases._prefill(64, CPU)().task
     found = adapter("flashinfer", "prefill", task.arrays, "flashinfer", **functions)
     assert_within(found, task.expected, {"bf16": 0.01})
 
@@ -394,7 +394,7 @@ def test_the_adapter_of_sageattention_asks_for_what_the_case_expects(bench, adap
         assert tensor_layout == "HND"
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
 
-    task = turbo_cases._prefill(64, CPU).task
+    task = turbo_cases._prefill(64, CPU)().task
     found = adapter("sageattention", "prefill", task.arrays, "sageattention", sageattn=sageattn)
     assert_within(found, task.expected, {"int8": 0.03})
 
