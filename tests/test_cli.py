@@ -190,7 +190,7 @@ def test_generate_full_matches_transformers(checkpoint, prompt_file, capsys):
     expected = model.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
     assert captured.out == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
     assert f"full cache: {ids.shape[1]} + {len(expected)} tokens" in captured.err
-    assert "0.50x smaller than 16 bit" in captured.err  # the model computes in fp32
+    assert "(200% of those in 16 bit)" in captured.err  # the model computes in fp32
 
 
 def test_generate_turbo_matches_the_cache_class(checkpoint, capsys):

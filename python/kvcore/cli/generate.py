@@ -63,7 +63,7 @@ def _generate(args: argparse.Namespace) -> int:
     state = f" and {sizes.state:,} bytes of recurrent state" if sizes.state else ""
     print(
         f"{choice.label} cache: {result.prompt_len} + {len(result.tokens)} tokens in "
-        f"{sizes.kv:,} bytes of K and V{state} ({result.bytes_16bit / sizes.kv:.2f}x smaller than "
+        f"{sizes.kv:,} bytes of K and V{state} ({sizes.kv / result.bytes_16bit:.0%} of those in "
         f"16 bit); prefill {result.prefill_seconds:.2f} s, then "
         f"{result.tokens_per_second:.1f} tokens/s",
         file=sys.stderr,
