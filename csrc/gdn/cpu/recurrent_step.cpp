@@ -7,11 +7,10 @@
 namespace kvcore::gdn::backend {
 
 void recurrent_step(const RecurrentStepParams& p) {
-  const int64_t heads = p.sizes.v_heads;
   auto* const kernel = KVCORE_ISA_SELECT(recurrent_step_kernel);
-  parallel_for(0, p.sizes.batch * heads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.sizes.batch * p.sizes.v_heads, 1, [&](int64_t begin, int64_t end) {
     const auto scratch = make_scratch<float>({p.sizes.k_dim, p.sizes.v_dim});
-    for (int64_t i = begin; i < end; ++i) kernel(p, i / heads, i % heads, scratch.get());
+    kernel(p, begin, end, scratch.get());
   });
 }
 

@@ -1,4 +1,4 @@
-// The recurrent step of one head, per ISA level.
+// The recurrent step of some heads, per ISA level.
 #pragma once
 
 #include "core/cpu/isa.h"
@@ -8,8 +8,9 @@ namespace kvcore::gdn {
 
 // clang-format off
 KVCORE_ISA_DECLARE(
-/// All tokens of one value head of one sequence. scratch: [k_dim, v_dim], a state to forget.
-void recurrent_step_kernel(const RecurrentStepParams& p, int64_t batch, int64_t head,
+/// All tokens of value heads [begin, end), counted through all sequences. scratch: [k_dim, v_dim], a
+/// state to forget.
+void recurrent_step_kernel(const RecurrentStepParams& p, int64_t begin, int64_t end,
                            float* scratch);
 )
 // clang-format on
