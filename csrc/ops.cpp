@@ -92,6 +92,13 @@ STABLE_TORCH_LIBRARY(KVCORE_LIBRARY, m) {
   m.def(
       "gdn_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias=None, "
       "Tensor? state_indices=None, *, bool silu=False, bool check_values=False) -> Tensor");
+  m.def(
+      "gdn_rms_norm(Tensor x, Tensor weight, Tensor? gate=None, *, float eps=1e-06, "
+      "float weight_offset=0.0) -> (Tensor out, Tensor rstd)");
+  m.def(
+      "gdn_rms_norm_backward(Tensor d_out, Tensor x, Tensor weight, Tensor rstd, "
+      "Tensor? gate=None, *, float weight_offset=0.0) "
+      "-> (Tensor dx, Tensor dweight, Tensor dgate)");
 
   // ---- lexico: the store of codes
   m.def(

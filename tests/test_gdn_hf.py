@@ -14,7 +14,7 @@ import transformers
 import kvcore
 from compare import relative_l2
 from hf_models import needs_hybrids
-from kvcore.hf import gdn
+from kvcore.hf import gdn, norms
 
 pytestmark = needs_hybrids
 
@@ -127,12 +127,33 @@ def calls_of(monkeypatch):
 
         return counted
 
-    for name in ("gdn_conv1d", "gdn_conv1d_update"):
+    for name in ("gdn_conv1d", "gdn_conv1d_update", "gdn_rms_norm"):
         monkeypatch.setattr(kvcore, name, count(name, getattr(kvcore, name)))
     fla = sys.modules["kvcore.ops.gdn_fla"]
     for name in ("gdn_chunk_scan", "gdn_recurrent_step"):
         monkeypatch.setattr(fla, name, count(name, getattr(fla, name)))
     return counts
+
+
+def norms_run(model, function):
+    """What the function returns, and how many modules that compute an RMSNorm of whole rows ran."""
+    count = 0
+
+    def hook(*_):
+        nonlocal count
+        count += 1
+
+    routed = norms.classes_of(sys.modules[type(model).__module__])
+    hooks = [
+        layer.register_forward_hook(hook)
+        for layer in model.modules()
+        if type(layer) in routed and getattr(layer, "group_size", None) is None
+    ]
+    result = function()
+    for handle in hooks:
+        handle.remove()
+    assert count >= 2 * len(model.model.layers)
+    return result, count
 
 
 def test_every_architecture_is_tested_or_routed():
@@ -149,10 +170,10 @@ def test_forward(pair, monkeypatch):
     ids = ids_of(2, 150)
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
-    expected = plain(ids, attention_mask=mask).logits
+    expected, norm_calls = norms_run(plain, lambda: plain(ids, attention_mask=mask).logits)
     assert not counts
     actual = with_kvcore(enabled, lambda model: model(ids, attention_mask=mask).logits)
-    assert counts == {"gdn_conv1d": 1, "gdn_chunk_scan": 1}
+    assert counts == {"gdn_conv1d": 1, "gdn_chunk_scan": 1, "gdn_rms_norm": norm_calls}
     assert relative_l2(actual[mask.bool()], expected[mask.bool()]) < 1e-4
 
 
@@ -167,9 +188,10 @@ def test_generation(pair, monkeypatch):
         "return_dict_in_generate": True,
         "eos_token_id": None,
     }
-    expected = plain.generate(ids, **options)
+    expected, norm_calls = norms_run(plain, lambda: plain.generate(ids, **options))
     counts = calls_of(monkeypatch)
     actual = with_kvcore(enabled, lambda model: model.generate(ids, **options))
+    assert counts["gdn_rms_norm"] == norm_calls
     assert counts["gdn_recurrent_step"] == 7
     assert counts["gdn_conv1d_update"] == 7
     assert torch.equal(actual.sequences, expected.sequences)
@@ -223,7 +245,8 @@ def test_packed_sequences():
 
 
 def functions_of(module):
-    return {name: vars(module)[name] for name in gdn._ROUTES}
+    functions = {name: vars(module)[name] for name in gdn._ROUTES}
+    return functions | {c.__name__: c.forward for c in norms.classes_of(module)}
 
 
 def test_routes_are_counted_and_undone():

@@ -290,3 +290,58 @@ def test_conv_rejects_the_rest():
     rejected(
         "gdn_conv1d_update", "conv_state must be in memory of its own, got that of x", arguments
     )
+
+
+def norm_arguments(**changes):
+    return {"x": zeros(2, 3, 6), "weight": zeros(6), "gate": zeros(2, 3, 6)} | changes
+
+
+NORM = [
+    ({"x": zeros(())}, "x must be at least 1-dimensional, got []"),
+    ({"x": zeros(2, 3, 6).double()}, "x must be float32, float16 or bfloat16, got float64"),
+    ({"x": zeros(2, 0)}, "x must be of a last dimension of 1 to 16384, got 0"),
+    ({"x": zeros(1, 16385)}, "x must be of a last dimension of 1 to 16384, got 16385"),
+    ({"weight": zeros(5)}, "weight must be [6], got [5]"),
+    ({"weight": zeros(1, 6)}, "weight must be [6], got [1, 6]"),
+    ({"weight": zeros(6).int()}, "weight must be float32, float16 or bfloat16, got int32"),
+    ({"gate": zeros(2, 3, 5)}, "gate must be [2, 3, 6], got [2, 3, 5]"),
+    ({"gate": zeros(6, 6)}, "gate must be [2, 3, 6], got [6, 6]"),
+    ({"gate": zeros(2, 3, 6).half()}, "gate must be float32 like x, got float16"),
+    ({"weight_offset": float("nan")}, "weight_offset must be finite, got nan"),
+]
+
+
+@pytest.mark.asan
+@pytest.mark.parametrize(("changes", "message"), NORM, ids=ids(NORM))
+def test_norm_rejects(changes, message):
+    rejected("gdn_rms_norm", message, norm_arguments(**changes))
+    arguments = norm_arguments(d_out=zeros(2, 3, 6), rstd=zeros(2, 3), **changes)
+    rejected("gdn_rms_norm_backward", message, arguments)
+
+
+NORM_BACKWARD = [
+    ({"d_out": zeros(3, 6)}, "d_out must be [2, 3, 6], got [3, 6]"),
+    ({"d_out": zeros(2, 3, 6).half()}, "d_out must be float32 like x, got float16"),
+    ({"rstd": zeros(2, 3, 1)}, "rstd must be [2, 3], got [2, 3, 1]"),
+    ({"rstd": zeros(2, 3).double()}, "rstd must be float32, got float64"),
+    ({"rstd": zeros(3, 2).mT}, "rstd must be contiguous, got strides [1, 2]"),
+]
+
+
+@pytest.mark.asan
+@pytest.mark.parametrize(("changes", "message"), NORM_BACKWARD, ids=ids(NORM_BACKWARD))
+def test_norm_backward_rejects(changes, message):
+    arguments = norm_arguments(d_out=zeros(2, 3, 6), rstd=zeros(2, 3)) | changes
+    rejected("gdn_rms_norm_backward", message, arguments)
+
+
+@pytest.mark.parametrize("eps", [-1e-6, float("inf"), float("nan")])
+def test_norm_rejects_eps(eps):
+    message = f"eps must be finite and at least 0, got {eps:g}"
+    rejected("gdn_rms_norm", message, norm_arguments(eps=eps))
+
+
+def test_norm_rejects_devices():
+    message = "weight must be on cpu like x, got meta"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        kvcore.gdn_rms_norm(zeros(2, 6), zeros(6).to("meta"))

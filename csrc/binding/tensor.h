@@ -73,7 +73,7 @@ namespace detail {
 // torch's own message names neither the op nor the output.
 template <class F>
 Tensor allocate(const char* op, const char* argument, const Tensor& like,
-                std::initializer_list<int64_t> shape, ScalarType dtype, const F& f) {
+                IntHeaderOnlyArrayRef shape, ScalarType dtype, const F& f) {
   try {
     return f();
   } catch (const std::exception&) {
@@ -85,7 +85,7 @@ Tensor allocate(const char* op, const char* argument, const Tensor& like,
 
 // An output on the device of `like`, or on `device`; failing that, an error that names it.
 inline Tensor new_output(const char* op, const char* argument, const Tensor& like,
-                         std::initializer_list<int64_t> shape, ScalarType dtype,
+                         IntHeaderOnlyArrayRef shape, ScalarType dtype,
                          std::optional<torch::stable::Device> device = std::nullopt) {
   return detail::allocate(op, argument, like, shape, dtype, [&] {
     return torch::stable::new_empty(like, shape, dtype, std::nullopt, device);
@@ -93,7 +93,7 @@ inline Tensor new_output(const char* op, const char* argument, const Tensor& lik
 }
 
 inline Tensor new_zero_output(const char* op, const char* argument, const Tensor& like,
-                              std::initializer_list<int64_t> shape, ScalarType dtype) {
+                              IntHeaderOnlyArrayRef shape, ScalarType dtype) {
   return detail::allocate(op, argument, like, shape, dtype,
                           [&] { return torch::stable::new_zeros(like, shape, dtype); });
 }

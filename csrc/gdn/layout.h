@@ -10,5 +10,6 @@ constexpr float kNormEpsilon = 1e-6f;  // of the L2 norm of q and k
 constexpr float kSoftplusThreshold = 20.0f;  // softplus(x) is x beyond
 constexpr int kMinConvWidth = 2;
 constexpr int kMaxConvWidth = 4;
+constexpr int kMaxNormChannels = 16384;  // sums of a row's gradients fit a CTA's shared memory
 
 }  // namespace kvcore::gdn

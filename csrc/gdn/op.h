@@ -68,6 +68,15 @@ Tensor gdn_conv1d_update(const Tensor& x, const Tensor& conv_state, const Tensor
                          const std::optional<Tensor>& bias,
                          const std::optional<Tensor>& state_indices, bool silu, bool check_values);
 
+std::tuple<Tensor, Tensor> gdn_rms_norm(const Tensor& x, const Tensor& weight,
+                                        const std::optional<Tensor>& gate, double eps,
+                                        double weight_offset);
+
+std::tuple<Tensor, Tensor, Tensor> gdn_rms_norm_backward(const Tensor& d_out, const Tensor& x,
+                                                         const Tensor& weight, const Tensor& rstd,
+                                                         const std::optional<Tensor>& gate,
+                                                         double weight_offset);
+
 // ---- Checks shared by the ops (op_check.cpp). All throw before anything is written.
 
 /// The inputs of the delta rule: q, k, v, g and beta.

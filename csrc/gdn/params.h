@@ -123,6 +123,33 @@ struct Conv1DUpdateParams {
   OutputView out;  // [batch, num_tokens, channels]
 };
 
+/// Rows that a norm is taken of; the leading dimensions of a tensor, merged into three.
+struct NormSizes {
+  int64_t batch, heads, num_tokens, channels;
+};
+
+/// Channels of a row are next to each other in memory.
+struct RmsNormParams {
+  InputView x;       // [batch, heads, num_tokens, channels]
+  InputView weight;  // [channels]
+  InputView gate;    // as x; data may be null (none)
+  NormSizes sizes;
+  float eps;
+  float weight_offset;
+  OutputView out;  // [batch, heads, num_tokens, channels]
+  float* rstd;     // [batch, heads, num_tokens]
+};
+
+struct RmsNormBackwardParams {
+  InputView d_out, x, weight, gate;  // as in RmsNormParams; d_out as x
+  const float* rstd;                 // [batch, heads, num_tokens]
+  NormSizes sizes;
+  float weight_offset;
+  OutputView dx;     // [batch, heads, num_tokens, channels]
+  OutputView dgate;  // as dx; data is null without gate
+  float* dweight;    // [channels]
+};
+
 /// What each library (kvcore_cpu, kvcore_cuda, kvcore_simt) defines for itself.
 namespace backend {
 
@@ -132,6 +159,8 @@ void recurrent_step(const RecurrentStepParams& params);
 void conv1d(const Conv1DParams& params);
 void conv1d_backward(const Conv1DBackwardParams& params);
 void conv1d_update(const Conv1DUpdateParams& params);
+void rms_norm(const RmsNormParams& params);
+void rms_norm_backward(const RmsNormBackwardParams& params);
 
 }  // namespace backend
 }  // namespace kvcore::gdn

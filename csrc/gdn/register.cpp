@@ -10,4 +10,6 @@ STABLE_TORCH_LIBRARY_IMPL(KVCORE_LIBRARY, KVCORE_DISPATCH_KEY, m) {
   m.impl("gdn_conv1d", KVCORE_OP(kvcore::gdn::gdn_conv1d));
   m.impl("gdn_conv1d_backward", KVCORE_OP(kvcore::gdn::gdn_conv1d_backward));
   m.impl("gdn_conv1d_update", KVCORE_OP(kvcore::gdn::gdn_conv1d_update));
+  m.impl("gdn_rms_norm", KVCORE_OP(kvcore::gdn::gdn_rms_norm));
+  m.impl("gdn_rms_norm_backward", KVCORE_OP(kvcore::gdn::gdn_rms_norm_backward));
 }

@@ -2,16 +2,16 @@
 // token belongs to.
 #pragma once
 
-#include "core/cuda/rows.cuh"
+#include "gdn/cuda/channels.cuh"
 #include "gdn/cuda/heuristics.h"
 #include "gdn/cuda/sequences.cuh"
 
 namespace kvcore::gdn {
 
-constexpr int kConvChannels = 4;  // of a thread
+constexpr int kConvChannels = kThreadChannels;
 constexpr int kConvPast = kMaxConvWidth - 1;
 
-using ConvRow = float[kConvChannels];
+using ConvRow = ThreadChannels;
 
 /// The last tap meets the token itself; of kMaxConvWidth taps the first are absent if the
 /// convolution is narrower, and what they would meet is not looked at: it may be NaN.
@@ -40,32 +40,6 @@ inline ConvTaps conv_taps(const InputView& weight, const InputView& bias, int64_
           .bias = device_rows(bias),
           .channels = static_cast<int>(channels),
           .width = static_cast<int>(width)};
-}
-
-/// Four channels of the row at an element offset, zeros past the last channel.
-template <class T>
-__device__ inline void load_conv_row(const DeviceRows& rows, int64_t offset, int channel,
-                                     int channels, ConvRow& x) {
-  if (channel + kConvChannels <= channels) return load_channels<T>(rows, offset, channel, x);
-#pragma unroll
-  for (int c = 0; c < kConvChannels; ++c) {
-    x[c] = channel + c < channels ? load_channel(rows, offset, channel + c) : 0.0f;
-  }
-}
-
-/// Four channels of a row of a contiguous output.
-template <class T>
-__device__ inline void store_conv_row(T* row, int channel, int channels, const ConvRow& x) {
-  if (channels % kConvChannels == 0) return store_channels(row, channel, x);
-#pragma unroll
-  for (int c = 0; c < kConvChannels; ++c) {
-    if (channel + c < channels) row[channel + c] = from_float<T>(x[c]);
-  }
-}
-
-/// 1 / (1 + e^-x), relative error below 2^-20 where the result is not tiny.
-__device__ inline float fast_sigmoid(float x) {
-  return rcp_approx(1.0f + exp2_approx(-1.44269504f * x));
 }
 
 /// bias + sum of taps, the oldest token first; one channel.

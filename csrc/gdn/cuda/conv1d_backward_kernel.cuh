@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(kConvThreads)
   ConvRow weights[kMaxConvWidth], biases, past[kConvPast], dz[kConvPast], sums[kConvSums] = {};
   args.taps.load(tile.channel, weights, biases);
   const auto load = [&](const DeviceRows& rows, int64_t token, ConvRow& row) {
-    load_conv_row<T>(rows, rows.head(tile.batch_idx, 0) + token * rows.token_stride, tile.channel,
-                     channels, row);
+    load_row<T>(rows, rows.head(tile.batch_idx, 0) + token * rows.token_stride, tile.channel,
+                channels, row);
   };
   // One sequence is that of the token whose dz is computed, the other that of the token, kConvPast
   // earlier, whose dx is.
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kConvThreads)
         }
       }
       const int64_t row = (tile.batch_idx * num_tokens + target) * channels;
-      store_conv_row(static_cast<T*>(args.dx) + row, tile.channel, channels, dx);
+      store_row(static_cast<T*>(args.dx) + row, tile.channel, channels, dx);
     }
     push(dz, d);
   }
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kConvThreads)
   float* const partial = args.partial + tile_idx * kConvSums * channels;
 #pragma unroll
   for (int i = 0; i < kConvSums; ++i) {
-    store_conv_row(partial + int64_t{i} * channels, tile.channel, channels, sums[i]);
+    store_row(partial + int64_t{i} * channels, tile.channel, channels, sums[i]);
   }
 }
 

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kConvThreads)
   args.taps.load(tile.channel, weights, biases);
   const int64_t batch_at = args.x.head(tile.batch_idx, 0);
   const auto load = [&](int64_t token, ConvRow& row) {
-    load_conv_row<T>(args.x, batch_at + token * args.x.token_stride, tile.channel, channels, row);
+    load_row<T>(args.x, batch_at + token * args.x.token_stride, tile.channel, channels, row);
   };
   SequenceCursor cursor(args.table, tile.begin);
   clear(past);
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kConvThreads)
       }
       push(past, now[i]);
       const int64_t row = (tile.batch_idx * args.grid.num_tokens + token) * channels;
-      store_conv_row(static_cast<T*>(args.out) + row, tile.channel, channels, y);
+      store_row(static_cast<T*>(args.out) + row, tile.channel, channels, y);
     }
   }
 }

@@ -55,6 +55,29 @@ constexpr int kConvTokens = 64;
 // Rows that a thread has on their way: 8 bytes each, 128 KiB of a multiprocessor's 2,048 threads.
 constexpr int kConvAhead = 8;
 
+// ---- RMSNorm
+
+// A head of 128 channels is a warp's: 4 to a lane, and nothing to wait for but shuffles.
+constexpr int kNormThreads = 256;
+constexpr int kNormWarps = kNormThreads / 32;
+// Longer rows are a CTA's: a warp would go through a row of 1,024 channels in 8 steps.
+constexpr int kNormWarpChannels = 1024;
+// CTAs of the backward that the registers leave room for on a multiprocessor: with 64, for four,
+// some of the kernels would spill.
+constexpr int kNormBackwardCtas = 3;
+// CTAs of the backward in all, each of which adds up its rows' gradient of the weight: some 8 for
+// each multiprocessor of an H200. Their sums are read again, 4 bytes a channel, so that they are to
+// be few. The rows of a CTA follow from their number alone, so that every device adds in the same
+// order.
+constexpr int64_t kNormMaxCtas = 1024;
+constexpr int64_t norm_cta_rows(int64_t num_rows, int64_t channels) {
+  const int64_t at_once = channels <= kNormWarpChannels ? kNormWarps : 1;
+  const int64_t rounds = (num_rows + kNormMaxCtas * at_once - 1) / (kNormMaxCtas * at_once);
+  return rounds * at_once;
+}
+// 32 channels of all CTAs' sums are a CTA's: 64 of 1,024 for each of its warps.
+constexpr int kNormSumThreads = 512;
+
 // ---- Backward of the chunked scan
 
 // A warp for each 16 tokens of a chunk, or 16 value channels of a state.

@@ -113,6 +113,26 @@ def _conv1d_update(head_dim: int, device: str) -> str:
     return _compare((actual, ours[1]), (expected, theirs[1]))
 
 
+def _norm_inputs(head_dim: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(head_dim)
+    sizes = ((2, 50, head_dim), (head_dim,), (2, 50, head_dim))
+    return [torch.randn(*size, generator=generator) for size in sizes]
+
+
+def _rms_norm(head_dim: int, device: str) -> str:
+    ours, theirs = _moved(_norm_inputs(head_dim), device)
+    actual = kvcore.gdn_rms_norm(*ours, weight_offset=1.0)
+    return _compare(actual, reference.gdn_rms_norm(*theirs, weight_offset=1.0))
+
+
+def _rms_norm_backward(head_dim: int, device: str) -> str:
+    x, weight, gate = _norm_inputs(head_dim)
+    rstd = reference.gdn_rms_norm(x, weight)[1]
+    ours, theirs = _moved([x.flip(1), x, weight, rstd, gate], device)
+    actual = kvcore.gdn_rms_norm_backward(*ours)
+    return _compare(actual, reference.gdn_rms_norm_backward(*theirs))
+
+
 CHECKS: dict[str, Callable[[int, str], str]] = {
     "gdn_chunk_scan": _chunk_scan,
     "gdn_chunk_scan_backward": _chunk_scan_backward,
@@ -121,4 +141,6 @@ CHECKS: dict[str, Callable[[int, str], str]] = {
     "gdn_conv1d": _conv1d,
     "gdn_conv1d_backward": _conv1d_backward,
     "gdn_conv1d_update": _conv1d_update,
+    "gdn_rms_norm": _rms_norm,
+    "gdn_rms_norm_backward": _rms_norm_backward,
 }

@@ -1,26 +1,29 @@
-"""Routes the gated delta rule of transformers' hybrid models to kvcore's ops.
+"""Routes the gated delta rule of transformers' hybrid models, and their norms, to kvcore's ops.
 
 Modelling files look their functions up among their own module's globals, so these are what is
-replaced: for every model of that module in the process, while any of them is enabled.
+replaced, and ``forward`` of the classes of norms: for every model of that module in the process,
+while any of them is enabled.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
+import types
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import kvcore
+from kvcore.hf import norms
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM, _HEAD_DIM_MULTIPLE = 256, 16
 _SILU = ("silu", "swish")
 
-# Module name -> (enabled models, what was there before by name).
-_routed: dict[str, tuple[int, dict[str, Callable]]] = {}
+# Module name -> (enabled models, what was there before: of which module or class, name, function).
+_routed: dict[str, tuple[int, list[tuple[object, str, Callable]]]] = {}
 
 
 def _devices_of(op: str) -> frozenset[str]:
@@ -32,6 +35,7 @@ def _devices_of(op: str) -> frozenset[str]:
 # Asked once: torch.compile traces what looks these up, but not the question.
 _RULE_DEVICES = _devices_of("gdn_chunk_scan")
 _CONV_DEVICES = _devices_of("gdn_conv1d")
+_NORM_DEVICES = _devices_of("gdn_rms_norm")
 
 
 def _supports(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor) -> bool:
@@ -168,16 +172,27 @@ def modules_of(model: torch.nn.Module) -> list[str]:
     return sorted(name for name in names if hasattr(sys.modules.get(name), _MARK))
 
 
+def _route(module: types.ModuleType) -> list[tuple[object, str, Callable]]:
+    before: list[tuple[object, str, Callable]] = []
+
+    def replace(owner: object, name: str, function: Callable) -> None:
+        before.append((owner, name, vars(owner)[name]))
+        setattr(owner, name, function)
+
+    for name, make in _ROUTES.items():
+        if name in vars(module):
+            replace(module, name, make(vars(module)[name]))
+    for norm_class, norm in norms.classes_of(module).items():
+        forward = norms.routed(norm, norm_class.forward, _NORM_DEVICES, _DTYPES)
+        replace(norm_class, "forward", forward)
+    return before
+
+
 def route(names: list[str]) -> None:
-    """Sends the functions of these modules to kvcore; :func:`restore` undoes one call."""
+    """Sends what these modules compute to kvcore; :func:`restore` undoes one call."""
     for name in names:
-        count, before = _routed.get(name, (0, {}))
-        if count == 0:
-            module = sys.modules[name]
-            before = {f: vars(module)[f] for f in _ROUTES if f in vars(module)}
-            for function, previous in before.items():
-                setattr(module, function, _ROUTES[function](previous))
-        _routed[name] = (count + 1, before)
+        count, before = _routed.get(name, (0, []))
+        _routed[name] = (count + 1, before if count else _route(sys.modules[name]))
 
 
 def restore(names: list[str]) -> None:
@@ -187,5 +202,5 @@ def restore(names: list[str]) -> None:
         if count > 1:
             _routed[name] = (count - 1, before)
             continue
-        for function, previous in before.items():
-            setattr(sys.modules[name], function, previous)
+        for owner, function, previous in before:
+            setattr(owner, function, previous)

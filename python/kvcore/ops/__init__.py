@@ -13,6 +13,8 @@ from kvcore.ops.gdn import (
     gdn_conv1d_update,
     gdn_recurrent_step,
     gdn_recurrent_step_,
+    gdn_rms_norm,
+    gdn_rms_norm_backward,
 )
 from kvcore.ops.gdn_fla import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from kvcore.ops.lexico import (
@@ -47,6 +49,8 @@ __all__ = [
     "gdn_conv1d_update",
     "gdn_recurrent_step",
     "gdn_recurrent_step_",
+    "gdn_rms_norm",
+    "gdn_rms_norm_backward",
     "lexico_append",
     "lexico_attention",
     "lexico_encode",

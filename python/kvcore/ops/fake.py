@@ -14,8 +14,8 @@ def block_bytes(bits: int, head_dim: int) -> int:
     return HEADER_BYTES + side + PAGE_TOKENS * head_dim * bits // 8
 
 
-def _check(name: str, argument: str, x: Tensor, first: str, like: Tensor, dims: int) -> None:
-    if argument in _INPUTS and x.dim() != dims:
+def _check(name: str, argument: str, x: Tensor, first: str, like: Tensor, dims: int | None) -> None:
+    if dims is not None and argument in _INPUTS and x.dim() != dims:
         raise RuntimeError(f"{name}: {argument} must be {dims}-dimensional, got {list(x.shape)}")
     if x.device != like.device:
         # Any meta tensor brings a call here, whatever the others are: unchecked, the call would
@@ -25,10 +25,10 @@ def _check(name: str, argument: str, x: Tensor, first: str, like: Tensor, dims: 
         )
 
 
-def register_fake(name: str, dims: int = 4):
+def register_fake(name: str, dims: int | None = 4):
     """Registers a function of the op's arguments, behind the checks that tracing can make.
 
-    ``dims``: dimensions of the inputs called q, k, v or x.
+    ``dims``: dimensions of the inputs called q, k, v or x; None: any.
     """
     names = [a.name for a in getattr(torch.ops.kvcore, name).default._schema.arguments]
 

@@ -1,4 +1,4 @@
-"""Gated delta rule (Gated DeltaNet, arXiv 2412.06464): chunked scan, recurrent step, convolution.
+"""Gated delta rule (Gated DeltaNet, arXiv 2412.06464): scan, recurrent step, convolution, norm.
 
 Per value head and token, with state S ``[k_dim, v_dim]`` (equation 10 of the paper)::
 
@@ -348,3 +348,55 @@ def gdn_conv1d_update(
     return _ops.gdn_conv1d_update(
         x, conv_state, weight, bias, state_indices, silu=silu, check_values=check_values
     )
+
+
+def gdn_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    gate: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm (arXiv 1910.07467) of the last dimension, with or without a gate; differentiable.
+
+    ``out = x * rstd * (weight + weight_offset)``, with ``rstd = (mean(x^2) + eps) ** -0.5``; with a
+    gate, which comes after the norm, times ``gate * sigmoid(gate)``. Computed in fp32 and rounded
+    once. NaN and infinities stay in their row.
+
+    Args:
+        x: ``[..., channels]``, fp32, fp16 or bf16; 1 to 16,384 channels. Copied unless channels are
+            next to each other in memory and the other dimensions can be walked with three strides.
+        weight: ``[channels]``, any of these dtypes.
+        gate: shape and dtype of x, or None.
+        eps: added to the mean of the squares; at least 0.
+        weight_offset: added to the weight: 1 where a model keeps it as its distance from 1.
+
+    Returns:
+        ``out`` contiguous, in the shape and dtype of x; ``rstd`` fp32, ``x.shape[:-1]``.
+    """
+    return _ops.gdn_rms_norm(x, weight, gate, eps=eps, weight_offset=weight_offset)
+
+
+def gdn_rms_norm_backward(
+    d_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    gate: Tensor | None = None,
+    *,
+    weight_offset: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivative of :func:`gdn_rms_norm`, which calls it through autograd.
+
+    Args:
+        d_out: shape and dtype of x.
+        x, weight: as given to the forward.
+        rstd: as it returned it.
+        gate, weight_offset: as given to it.
+
+    Returns:
+        Gradients of x (its dtype), of weight (fp32, summed in an order that the shape of x alone
+        decides) and of gate (dtype of x; empty without one).
+    """
+    return _ops.gdn_rms_norm_backward(d_out, x, weight, rstd, gate, weight_offset=weight_offset)

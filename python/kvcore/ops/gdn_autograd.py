@@ -106,6 +106,20 @@ def _(x, *args, **kwargs):
     return _channels_last(x)
 
 
+@register_fake("gdn_rms_norm", dims=None)
+def _(x, *args, **kwargs):
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@register_fake("gdn_rms_norm_backward", dims=None)
+def _(d_out, x, weight, rstd, gate=None, **kwargs):
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape[-1:], dtype=torch.float32),
+        x.new_empty((0,) if gate is None else x.shape),
+    )
+
+
 def _save_scan(ctx, inputs, keyword_only_inputs, output):
     q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens = inputs
     ctx.set_materialize_grads(False)
@@ -152,8 +166,25 @@ def _conv_backward(ctx, d_out):
     return dx, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype), None
 
 
+def _save_norm(ctx, inputs, keyword_only_inputs, output):
+    x, weight, gate = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, output[1], gate)
+    ctx.weight_offset = keyword_only_inputs["weight_offset"]
+
+
+def _norm_backward(ctx, d_out, d_rstd):
+    x, weight, rstd, gate = ctx.saved_tensors
+    dx, dweight, dgate = _ops.gdn_rms_norm_backward(
+        d_out, x, weight, rstd, gate, weight_offset=ctx.weight_offset
+    )
+    return dx, dweight.to(weight.dtype), None if gate is None else dgate
+
+
 torch.library.register_autograd("kvcore::gdn_chunk_scan", _scan_backward, setup_context=_save_scan)
 torch.library.register_autograd("kvcore::gdn_conv1d", _conv_backward, setup_context=_save_conv)
+torch.library.register_autograd("kvcore::gdn_rms_norm", _norm_backward, setup_context=_save_norm)
 refuse_backward("gdn_chunk_scan_backward", "functions that need no second derivative")
 refuse_backward("gdn_conv1d_backward", "functions that need no second derivative")
+refuse_backward("gdn_rms_norm_backward", "functions that need no second derivative")
 refuse_backward("gdn_recurrent_step", "kvcore.gdn_chunk_scan")

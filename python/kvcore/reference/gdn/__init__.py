@@ -1,4 +1,4 @@
-"""Gated delta rule in plain PyTorch: the recurrence, the chunk form and the convolution.
+"""Gated delta rule in plain PyTorch: the recurrence, the chunk form, the convolution and the norm.
 
 Arguments and results are those of the ops; computed in fp32, in fp64 for fp64 inputs. Everything
 but the in-place functions is differentiable.
@@ -13,6 +13,7 @@ from kvcore.reference.gdn.recurrence import (
     gdn_recurrent_step_,
     unit_rows,
 )
+from kvcore.reference.gdn.rms_norm import gdn_rms_norm, gdn_rms_norm_backward
 
 __all__ = [
     "CHUNK",
@@ -25,5 +26,7 @@ __all__ = [
     "gdn_conv1d_update",
     "gdn_recurrent_step",
     "gdn_recurrent_step_",
+    "gdn_rms_norm",
+    "gdn_rms_norm_backward",
     "unit_rows",
 ]
