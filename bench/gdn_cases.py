@@ -1,4 +1,5 @@
-"""Cases of the gated delta rule: scan, backward, decode with a pool of states, convolution."""
+"""Cases of the gated delta rule: scan, backward, decode with a pool of states, convolution,
+norm."""
 
 from __future__ import annotations
 
@@ -199,10 +200,64 @@ def _conv(num_tokens: int, device: torch.device) -> Case:
     return case
 
 
+def _norm(rows: int, channels: int, gated: bool, device: torch.device) -> Case:
+    """RMSNorm of a hybrid model, forward and backward, in bf16."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).bfloat16().to(device)
+
+    x, weight, d_out = normal(rows, channels), normal(channels), normal(rows, channels)
+    gate = normal(rows, channels) if gated else None
+    leaves = [y.requires_grad_() for y in (x, weight, *([gate] if gated else []))]
+    kind = "gated norm" if gated else "norm"
+    name = f"{kind} and its backward, {rows} rows of {channels}"
+    case = Case(name, {"rows": rows, "channels": channels}, {})
+    module = peers.transformers_norm(gated)(channels).to(device, torch.bfloat16)
+
+    def theirs(*inputs: Tensor) -> Tensor:
+        tensors = {"weight": inputs[1]}
+        return torch.func.functional_call(module, tensors, (inputs[0], *inputs[2:]))
+
+    def of_torch(*inputs: Tensor) -> Tensor:
+        return F.rms_norm(inputs[0], (channels,), inputs[1], 1e-6)
+
+    def ours(*inputs: Tensor) -> Tensor:
+        offset = 0.0 if gated else 1.0
+        return kvcore.gdn_rms_norm(*inputs, weight_offset=offset)[0]
+
+    def both(function: Callable, inputs: list[Tensor], d: Tensor) -> list[Tensor]:
+        with torch.enable_grad():
+            out = function(*inputs)
+            return [out, *torch.autograd.grad(out, inputs, d)]
+
+    wide = [y.detach().float().requires_grad_() for y in leaves]
+    expected = both(theirs, wide, d_out.float())
+    # x, out; x, d_out, dx; with a gate that too, twice, and its gradient.
+    num_bytes = (8 if gated else 5) * x.numel() * x.element_size()
+    functions = {TORCH: theirs, "kvcore": ours}
+    if not gated:
+        functions["F.rms_norm"] = of_torch
+    for variant, function in functions.items():
+
+        def run(function=function):
+            return both(function, leaves, d_out)
+
+        error = None
+        if function is not of_torch:  # its weight is the factor itself
+            results = zip(run(), expected, strict=True)
+            error = max(_relative_error(a, e) for a, e in results)
+            error = _checked(variant, error, MAX_GRADIENT_ERROR)
+        case.variants[variant] = Variant(run, num_bytes, error)
+    return case
+
+
 def gdn(quick: bool, device: torch.device) -> Iterator[Callable[[], Case]]:
     """Cases of the gdn family, each built only when its turn comes."""
     yield lambda: _forward(512, device)
     yield lambda: _conv(512 if quick else 4096, device)
+    yield lambda: _norm(512 * V_HEADS if quick else 4096 * V_HEADS, HEAD_DIM, True, device)
+    yield lambda: _norm(512 if quick else 4096, K_HEADS * HEAD_DIM, False, device)
     if quick:
         return
     yield lambda: _forward(4096, device)

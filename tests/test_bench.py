@@ -117,6 +117,8 @@ def test_gdns_cases_pass_their_checks_and_run(bench, monkeypatch):
         gdn_cases._backward(64, CPU),
         gdn_cases._decode(3, CPU),
         gdn_cases._conv(64, CPU),
+        gdn_cases._norm(64, 32, True, CPU),
+        gdn_cases._norm(64, 48, False, CPU),
     ]
     for case in built:
         assert any(name.startswith("kvcore") for name in case.variants)

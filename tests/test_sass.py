@@ -36,6 +36,9 @@ REQUIRED: dict[str, list[str]] = {
     "chunk_(solve|state)_kernel.*Bf16": ["HMMA.16816.F32.BF16"],
     r"\brecurrent_step_kernel<": ["LDG.E.128", "STG.E.128", "SHFL"],
     r"\bconv1d_(backward_)?kernel<": ["LDG.E", "STG.E", "MUFU.EX2", "MUFU.RCP"],
+    # 4 channels are a load of 8 bytes of 16-bit types, of 16 bytes of fp32.
+    r"\brms_norm_(backward_)?kernel<": ["LDG.E.64", "LDG.E.128", "STG.E", "MUFU.EX2", "MUFU.RCP"],
+    r"\brms_norm_(backward_)?kernel<.*, 32>": ["SHFL"],
     r"\bbackward::(d_)?states_kernel<": ["HMMA.1688.F32.TF32", "LDGSTS", "LDS.64"],
     r"\bbackward::(prepare|gradients)_kernel<": ["HMMA.1688.F32.TF32", "LDGSTS", "LDS"],
     r"\bdecode_kernel<": ["IMMA.16832.S8.S8", "LDSM", "LDGSTS", "LDS.128", "MUFU.EX2", "HFMA2"],

@@ -35,8 +35,8 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
     Its attention implementation becomes ``kvcore``, and its forward passes tell the cache about
     padding. Without a kvcore cache the model computes what it did with ``sdpa``. Layers of the
     gated delta rule run :func:`kvcore.chunk_gated_delta_rule` and its siblings, in training too,
-    and so do those of every other model of the same class in the process. Calling it again
-    changes nothing; :func:`disable` undoes it.
+    and the norms of such models :func:`kvcore.gdn_rms_norm`; so do those of every other model of
+    the same class in the process. Calling it again changes nothing; :func:`disable` undoes it.
 
     Args:
         model: a transformers model whose attention goes through ``AttentionInterface``.
