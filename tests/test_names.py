@@ -10,6 +10,7 @@ import torch
 import kvcore
 import kvcore.reference
 from kvcore.cache import settings
+from kvcore.hf import norms
 from tree import CSRC, ROOT, code, families
 
 
@@ -135,9 +136,10 @@ def test_python_constants_are_those_of_the_layout():
         assert int(layout["kHeaderBytes"]) == module.HEADER_BYTES
         assert int(layout["kTailSlots"]) == module.TAIL_SLOTS
     assert int(layout["kSlabIndexBits"]) == settings.SLAB_INDEX_BITS
-    chunk = re.search(r"constexpr int kChunk = (\d+);", code(CSRC / "gdn" / "layout.h"))[1]
+    gdn = dict(re.findall(r"constexpr int (k\w+) = (\d+);", code(CSRC / "gdn" / "layout.h")))
     for name in ("reference.gdn.chunk", "ops.gdn_autograd"):
-        assert int(chunk) == sys.modules[f"kvcore.{name}"].CHUNK
+        assert int(gdn["kChunk"]) == sys.modules[f"kvcore.{name}"].CHUNK
+    assert int(gdn["kMaxNormChannels"]) == norms.MAX_CHANNELS
 
 
 def test_python_constants_are_those_of_lexicos_layout():
