@@ -212,25 +212,35 @@ inline U16 shift_of(U16 range, U16 step, U16 levels) {
   return (excess + (excess >> 1 & splat_u16(1))) >> 1;
 }
 
-/// Squared error of one step per channel, whose sum over 64 codes can pass 16 bits at 2 bit: an
-/// error is at most 40, so 32 codes fit.
+/// Sum of squared errors per channel, as 256 * high + low with low < 256: it can pass 16 bits.
 struct StepError {
-  U16 early, late;
+  U16 high, low;
+
+  U16 is_below(const StepError& other) const {
+    return (U16)(high < other.high) | ((U16)(high == other.high) & (U16)(low < other.low));
+  }
 };
+
+/// That of one step and shift per channel.
 inline StepError step_error(const U16* above_least, U16 step, U16 shift, U16 levels) {
-  const U16 reciprocal = reciprocals(step), half = half_of(step);
-  const auto sum = [&](const U16* above) {
-    U16 total{};
-    for (int t = 0; t < kPageTokens / 2; ++t) {
+  const U16 reciprocal = reciprocals(step), half = half_of(step), byte = splat_u16(0xff);
+  constexpr int kPart = 32;  // an error is at most 40: the squares of so many fit
+  StepError sum{};
+  for (int first = 0; first < kPageTokens; first += kPart) {
+    U16 part{};
+    for (int t = first; t < first + kPart; ++t) {
       // A tie rounds up here; rounding it to even makes an error of the same size.
-      U16 q = mul_high(saturating_sub(above[t], shift) + half, reciprocal);
+      U16 q = mul_high(saturating_sub(above_least[t], shift) + half, reciprocal);
       q = q < levels ? q : levels;
-      const U16 error = q * step + shift - above[t];
-      total += error * error;
+      const U16 error = q * step + shift - above_least[t];
+      part += error * error;
     }
-    return total;
-  };
-  return {sum(above_least), sum(above_least + kPageTokens / 2)};
+    sum.high += part >> 8;
+    sum.low += part & byte;
+  }
+  sum.high += sum.low >> 8;
+  sum.low &= byte;
+  return sum;
 }
 
 /// Stage 2 of one page: narrow codes one in a byte, step and zero [head_dim].
@@ -255,20 +265,24 @@ inline void narrow_codes(const int8_t* codes, int bits, int head_dim, uint8_t* n
     }
     const U16 range = __builtin_convertvector((U8)top - (U8)least, U16);
     const U16 by_levels = splat_u16(kReciprocals.of[(1 << bits) - 1]);
-    U16 step = mul_high(range + (levels >> 1), by_levels);
-    U16 ceiling = mul_high(range + levels - one, by_levels);
-    step = step > one ? step : one;
-    ceiling = ceiling > one ? ceiling : one;
-    // All of the range is within reach of the other candidate.
+    const U16 nearest = mul_high(range + (levels >> 1), by_levels);
+    const U16 ceiling = mul_high(range + levels - one, by_levels);
+    U16 step = nearest > one ? nearest : one;
     U16 shift = shift_of(range, step, levels);
-    const StepError first = step_error(above_least, step, shift, levels);
-    const StepError second = step_error(above_least, ceiling, U16{}, levels);
-    for (int i = 0; i < kWordLanes; ++i) {
-      const int difference = (second.early[i] + second.late[i]) - (first.early[i] + first.late[i]);
-      if (difference < 0) {
-        step[i] = ceiling[i];
-        shift[i] = 0;
-      }
+    StepError least_error = step_error(above_least, step, shift, levels);
+    const auto try_step = [&](U16 other) {
+      other = other > one ? other : one;
+      const U16 other_shift = shift_of(range, other, levels);
+      const StepError error = step_error(above_least, other, other_shift, levels);
+      const U16 better = error.is_below(least_error);
+      step = better ? other : step;
+      shift = better ? other_shift : shift;
+      least_error.high = better ? error.high : least_error.high;
+      least_error.low = better ? error.low : least_error.low;
+    };
+    try_step(ceiling);
+    if (tries_short_step(bits)) {
+      try_step((nearest * splat_u16(kShortStepEighths) + splat_u16(4)) >> 3);
     }
 
     const U16 reciprocal = reciprocals(step), half = half_of(step);

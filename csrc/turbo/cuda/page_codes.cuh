@@ -62,8 +62,9 @@ __device__ inline float step_error(const float (&above_least)[kTileTokens], floa
 }
 
 /// Narrow codes of the tile, one in a byte; step and zero get a byte for each channel.
-__device__ inline CodeTile narrow_tile(const CodeTile& codes, float levels, uint32_t& step_word,
+__device__ inline CodeTile narrow_tile(const CodeTile& codes, int bits, uint32_t& step_word,
                                        uint32_t& zero_word) {
+  const float levels = bits == 4 ? 15 : 3;
   CodeTile narrow{};
   step_word = zero_word = 0;
   // One channel at a time: 16 tokens keep the units busy, and four times as many would take the
@@ -84,13 +85,24 @@ __device__ inline CodeTile narrow_tile(const CodeTile& codes, float levels, uint
 #pragma unroll
     for (int i = 0; i < kTileTokens; ++i) code[i] -= least;
     const float range = top - least, quotient = range / levels;
-    const float first = fmaxf(rintf(quotient), 1), second = fmaxf(ceilf(quotient), 1);
-    // Half of what the steps do not reach; all is within reach of the second candidate.
-    const float middle = rintf(fmaxf(fmaf(-levels, first, range), 0) / 2);
-    // By how much the second candidate is better; exact.
-    const float gain = warp_sum<kTileQuarters>(step_error(code, first, middle, levels) -
-                                               step_error(code, second, 0, levels));
-    const float step = gain > 0 ? second : first, shift = gain > 0 ? 0 : middle;
+    const float nearest = rintf(quotient);
+    float step = 0, shift = 0, least_error = INFINITY;
+    const int num_steps = tries_short_step(bits) ? 3 : 2;
+    // One at a time: they would only take more registers side by side.
+#pragma unroll 1
+    for (int i = 0; i < num_steps; ++i) {
+      const float short_step = floorf(fmaf(nearest, kShortStepEighths, 4) / 8);
+      const float other = i == 0 ? nearest : i == 1 ? ceilf(quotient) : short_step;
+      const float other_step = fmaxf(other, 1);
+      // Half of what the steps do not reach.
+      const float other_shift = rintf(fmaxf(fmaf(-levels, other_step, range), 0) / 2);
+      const float error =
+          warp_sum<kTileQuarters>(step_error(code, other_step, other_shift, levels));
+      const bool better = error < least_error;
+      step = better ? other_step : step;
+      shift = better ? other_shift : shift;
+      least_error = better ? error : least_error;
+    }
 
     const float reciprocal = 1 / step;
 #pragma unroll
@@ -172,7 +184,7 @@ __device__ inline void store_block(const CodeTile& codes, int kv, int head_dim, 
   write_header(block.data, scale, 0);
   if (block.bits == 8) return store_codes8(codes, kv, head_dim, block.data);
   uint32_t step, zero;
-  const CodeTile narrow = narrow_tile(codes, block.bits == 4 ? 15 : 3, step, zero);
+  const CodeTile narrow = narrow_tile(codes, block.bits, step, zero);
   const TilePlace place = tile_place();
   if (place.quarter < 2) {
     uint8_t* out = block.data + kHeaderBytes + place.quarter * head_dim + place.channel();
