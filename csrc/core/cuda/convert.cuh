@@ -70,6 +70,9 @@ __device__ __forceinline__ float rcp_approx(float x) {
 
 namespace kvcore {
 
+/// What stands for a result that there is none of.
+__device__ __forceinline__ float quiet_nan() { return __int_as_float(0x7fc00000); }
+
 /// Two 16-bit elements in a register, the first in the low half: operands of matrix instructions.
 __device__ __forceinline__ uint32_t pack_16(uint16_t low, uint16_t high) {
   return static_cast<uint32_t>(low) | static_cast<uint32_t>(high) << 16;

@@ -166,7 +166,6 @@ __device__ __forceinline__ float inverse_of_power(float x) {
 }
 
 constexpr float kLog2e = 1.44269504f;
-__device__ __forceinline__ float quiet_nan() { return __int_as_float(0x7fc00000); }
 __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < __int_as_float(0x7f800000); }
 
 }  // namespace kvcore::lexico

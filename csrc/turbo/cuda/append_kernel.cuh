@@ -101,8 +101,7 @@ __device__ inline TileCalibration calibration_of(const AppendArguments<kSlabs>& 
 
 /// The scale of a page whose tokens are all new.
 __device__ inline float scale_of_page(const Magnitude& magnitude) {
-  return magnitude.first_nonfinite < kPageTokens ? __uint_as_float(kNanBits)
-                                                 : code_scale(magnitude.amax);
+  return magnitude.first_nonfinite < kPageTokens ? quiet_nan() : code_scale(magnitude.amax);
 }
 
 template <class T, int kSlabs>
@@ -205,7 +204,7 @@ __device__ inline float append_to_slot(const AppendArguments<kSlabs>& a, const A
   clamped = warp_sum(clamped);
   if (threadIdx.x % kWarpSize == 0 && clamped > 0) atomicAdd(a.clamp_count + lane.row, clamped);
   const bool poisons = !poisoned && size.first_nonfinite < kPageTokens;
-  if (poisons) scale = __uint_as_float(kNanBits);
+  if (poisons) scale = quiet_nan();
   if (opens) {
     write_header(slot, scale, static_cast<int32_t>(page_idx));
   } else if (poisons && threadIdx.x == 0) {

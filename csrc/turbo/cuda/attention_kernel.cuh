@@ -106,7 +106,7 @@ class AttentionWarp {
         float l = warp_sum<4>(rows.l[h]);
         if (row >= source.num_rows) continue;
         // A query that is not finite spoils its row as soon as it attends a key.
-        if (queries_.finite[row] == 0 && queries_.end_key[row] > 0) l = __int_as_float(0x7fc00000);
+        if (queries_.finite[row] == 0 && queries_.end_key[row] > 0) l = quiet_nan();
         const RowResult result = finish_row(rows.m[h], l, queries_.mean_term[row]);
         const int64_t at = source.output_index(row);
         if (lane.t == 0) source.lse[at] = result.lse;
@@ -225,9 +225,9 @@ __device__ inline void store_nan_rows(const AttentionArgs& args, int64_t head, i
        row < min((slot + 1) * kRows, p.q_len * args.group); row += blockDim.x) {
     const int64_t q_head = head * args.group + row % args.group;
     const int64_t at = q_head * p.q_len + row / args.group;
-    p.lse[at] = __int_as_float(0x7fc00000);
+    p.lse[at] = quiet_nan();
     for (int c = 0; c < kHeadDim; ++c) {
-      store_element(p.out, at * kHeadDim + c, __int_as_float(0x7fc00000));
+      store_element(p.out, at * kHeadDim + c, quiet_nan());
     }
   }
 }

@@ -52,7 +52,7 @@ __global__ void attention_quantize_kernel(const __grid_constant__ AttentionArgs 
   }
   const Magnitude magnitude = page_magnitude(tile, head_dim, 0);
   const bool is_finite = magnitude.first_nonfinite == kPageTokens;
-  const float scale = is_finite ? code_scale(magnitude.amax) : __uint_as_float(kNanBits);
+  const float scale = is_finite ? code_scale(magnitude.amax) : quiet_nan();
   CodeTile codes = is_finite ? quantize_tile(tile, scale) : CodeTile{};
 
   uint8_t* const page = args.pages + (head * args.num_pages + slot) * prefill_page_bytes(head_dim);

@@ -105,7 +105,7 @@ class DecodeWarp {
       kind = unit.kind;
       lane_ = recompute(lane_);
       if (kind != UnitKind::kK8Second) {
-        k_scale_ = kind == UnitKind::kMissingK ? __int_as_float(0x7fc00000) : scale_of(unit.data);
+        k_scale_ = kind == UnitKind::kMissingK ? quiet_nan() : scale_of(unit.data);
       }
       switch (kind) {
         case UnitKind::kK8First:
@@ -134,7 +134,7 @@ class DecodeWarp {
       kind = unit.kind;
       lane_ = recompute(lane_);
       if (kind != UnitKind::kV8Second) {
-        v_scale_ = kind == UnitKind::kMissingV ? __int_as_float(0x7fc00000) : scale_of(unit.data);
+        v_scale_ = kind == UnitKind::kMissingV ? quiet_nan() : scale_of(unit.data);
         if (v_scale_ != v_scale_) poison(key);
         if (live_) outputs_.scale(page_.decay);
       }
@@ -253,7 +253,7 @@ struct MergedRow {
     }
     // A query that is not finite spoils its row as soon as it attends a key.
     if (smem.queries.finite[row] == 0 && smem.queries.end_key[row] > 0) {
-      l = __int_as_float(0x7fc00000);
+      l = quiet_nan();
     }
   }
 };
@@ -342,7 +342,7 @@ __global__ void __launch_bounds__(decode_warps(kHeadDim) * kWarpSize, decode_cta
           make_float4(merged.o[0], merged.o[1], merged.o[2], merged.o[3]);
       continue;
     }
-    if (!tile.is_valid) merged.l = __int_as_float(0x7fc00000);
+    if (!tile.is_valid) merged.l = quiet_nan();
     const RowResult result = finish_row(merged.m, merged.l, mean_term);
     const int64_t at = source.output_index(row);
     if (channel == 0) p.lse[at] = result.lse;

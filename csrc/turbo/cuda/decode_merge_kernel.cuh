@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kMergeRows* kWarpSize)
       o[i] = __fmaf_rn(weight, args.partial_o[at * kHeadDim + lane + kWarpSize * i], o[i]);
     }
   }
-  if (!tile.is_valid) l = __int_as_float(0x7fc00000);
+  if (!tile.is_valid) l = quiet_nan();
   const RowResult result = finish_row(m, l, mean_term);
   const int64_t token = row / args.plan.group,
                 head = kv_head * args.plan.group + row % args.plan.group;

@@ -28,7 +28,6 @@ static_assert(kTileChannels == kInterleave && kTileQuarters == 4 && kChunk == 32
 
 /// The smallest normal number: an all-zero page needs no special case.
 constexpr float kMinScale = 0x1p-126f;
-constexpr uint32_t kNanBits = 0x7fc00000;
 
 /// Which part of the page is this thread's.
 struct TilePlace {

@@ -33,7 +33,7 @@ struct LaneRows {
   __device__ __forceinline__ void poison(const Rows& rows, int row, int64_t first_key) {
 #pragma unroll
     for (int h = 0; h < kHalves; ++h) {
-      if (rows.sees_page(row + 8 * h, first_key)) l[h] = __int_as_float(0x7fc00000);
+      if (rows.sees_page(row + 8 * h, first_key)) l[h] = quiet_nan();
     }
   }
 };
