@@ -1,5 +1,7 @@
 """`generate` of transformers over compressed caches: every way in which it calls a cache."""
 
+import concurrent.futures
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -166,3 +168,22 @@ def test_several_answers_to_one_prompt(make_cache, name):
     with torch.no_grad():
         logits = model(name)(more, attention_mask=mask, past_key_values=cache).logits
     check_logits(name, logits, ids, mask, begin=140)
+
+
+@each_cache
+def test_threads_with_a_cache_each(make_cache):
+    """As a server has them: one model, one prompt a thread, and the logits of a thread alone."""
+    name = "qwen3"
+    kvcore.hf.enable(model(name))
+    ids, mask = prompt(2, 130)
+    steps = [90, *[1] * 40]
+
+    def run(row):
+        return stepwise_logits(
+            name, make_cache(name), ids[row : row + 1], mask[row : row + 1], steps
+        )
+
+    alone = [run(row) for row in range(2)]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(run, range(2)))
+    assert all(map(torch.equal, together, alone))

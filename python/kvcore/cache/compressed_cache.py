@@ -20,7 +20,8 @@ from kvcore.cache.safe_file import FileKind
 class CompressedCache(DynamicCache, abc.ABC):
     """A Hugging Face cache whose full-attention layers are compressed; the others stay.
 
-    Subclasses are :class:`kvcore.cache.TurboCache` and :class:`kvcore.cache.LexicoCache`.
+    Subclasses are :class:`kvcore.cache.TurboCache` and :class:`kvcore.cache.LexicoCache`. Threads
+    may each have a cache; one cache must not be used by two at once.
     """
 
     def __init__(self, config: PretrainedConfig) -> None:

@@ -192,28 +192,25 @@ def _(q, *args, **kwargs):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def refuse_backward(
-    name: str, instead: str = "torch.nn.functional.scaled_dot_product_attention"
-) -> None:
-    """Makes the op's backward an error that names what to train with instead."""
+def refuse_backward(name: str, instead: str | None = None) -> None:
+    """Makes the op's backward an error that names what to train with instead, if there is."""
+    advice = "call it under torch.no_grad()"
+    advice += "" if instead is None else f" or use {instead} for training"
 
     def backward(ctx, *grads: Tensor):
-        raise RuntimeError(
-            f"{name}: has no backward; call it under torch.no_grad() or use {instead} for training"
-        )
+        raise RuntimeError(f"{name}: has no backward; {advice}")
 
     torch.library.register_autograd(f"kvcore::{name}", backward)
 
 
+for _name in ("turbo_attention", "turbo_decode", "lexico_attention"):
+    refuse_backward(_name, "torch.nn.functional.scaled_dot_product_attention")
 for _name in (
-    "turbo_attention",
-    "turbo_decode",
     "turbo_calibrate",
     "turbo_head_priority",
     "turbo_quantize",
     "turbo_dequantize",
     "lexico_encode",
     "lexico_reconstruct",
-    "lexico_attention",
 ):
     refuse_backward(_name)
