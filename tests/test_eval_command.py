@@ -260,6 +260,7 @@ def test_own_text_and_model(tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.filterwarnings("error:Data has no positive values")
 def test_a_cache_that_compresses_nothing_is_told(tmp_path, capsys):
     """With a head_dim that has no kernel, TurboCache holds K and V as they are."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -38,7 +38,10 @@ def _against_bytes(model: dict[str, Any], axes: Any) -> None:
             capsize=3,
         )
         axes.annotate(row["label"], (x, kl["mean"]), (5, 4), textcoords="offset points", fontsize=8)
-    axes.set(yscale="log", xlabel="bytes of K and V per token", ylabel="KL to the full cache, nats")
+    # Caches that hold K and V as they are lose nothing, and a logarithmic axis has no zero.
+    loses = any(row["text"]["kl"]["mean"] > 0 for row in model["caches"])
+    axes.set(yscale="log" if loses else "linear")
+    axes.set(xlabel="bytes of K and V per token", ylabel="KL to the full cache, nats")
     axes.set_title(f"{model['model']}: quality against bytes", fontsize=10)
 
 
