@@ -58,10 +58,10 @@ struct alignas(64) ForwardWorkspace {
   TokenValues tokens;
 };
 
-/// A range of value heads of one key head of one sequence, and a range of their value channels.
+/// A range of value heads of one sequence, of one key head or of several whole ones, and a range of
+/// their value channels.
 struct ScanTask {
   Sequence sequence;
-  int64_t k_head;
   int64_t head_begin, head_end;  // of the values
   int v_begin, v_end;
   float* states;  // [head_end - head_begin, k_dim, state_stride(v_end - v_begin)]

@@ -12,16 +12,19 @@ struct Chunk {
   int n, rows;    // tokens, and whole groups of 16
 };
 
-/// Rows of q (which = 0) or k as given, and their factors.
+Chunk chunk_from(const ScanTask& task, int64_t token) {
+  const int64_t left = task.sequence.begin + task.sequence.length - token;
+  const int n = static_cast<int>(left < kChunk ? left : kChunk);
+  return {token, n, (n + kProductMultiple - 1) / kProductMultiple * kProductMultiple};
+}
+
+/// Rows of q (which = 0) or k as given, and their factors. `save`: write their norms.
 template <class T>
-void load_factored(const ChunkScanParams& p, const ScanTask& task, const Chunk& chunk, int which,
-                   T* rows, float* factors) {
+void load_factored(const ChunkScanParams& p, const ScanTask& task, const Chunk& chunk,
+                   int64_t k_head, int which, bool save, T* rows, float* factors) {
   const int k_dim = static_cast<int>(p.sizes.k_dim);
   const int64_t batch = task.sequence.batch_idx;
-  const int64_t group = p.sizes.v_heads / p.sizes.k_heads;
-  const bool save = p.save_residuals && task.v_begin == 0 && task.head_begin == task.k_head * group;
-  load_rows(which == 0 ? p.q : p.k, batch, task.k_head, chunk.begin, chunk.n, chunk.rows, k_dim,
-            rows);
+  load_rows(which == 0 ? p.q : p.k, batch, k_head, chunk.begin, chunk.n, chunk.rows, k_dim, rows);
   for (int i = 0; i < chunk.n; ++i) {
     factors[i] = which == 0 ? p.scale : 1.0f;
     if (!p.qk_l2norm) continue;
@@ -29,19 +32,21 @@ void load_factored(const ChunkScanParams& p, const ScanTask& task, const Chunk& 
     factors[i] *= rstd;
     if (save) {
       const int64_t token = (which * p.sizes.batch + batch) * p.sizes.num_tokens + chunk.begin + i;
-      p.rstd[token * p.sizes.k_heads + task.k_head] = rstd;
+      p.rstd[token * p.sizes.k_heads + k_head] = rstd;
     }
   }
 }
 
-/// What depends on the chunk's keys and queries alone.
+/// What depends on the chunk's keys and queries alone, for value head `head` and those behind it.
 template <class Operand>
-void load_keys(const ChunkScanParams& p, const ScanTask& task, const Chunk& chunk,
+void load_keys(const ChunkScanParams& p, const ScanTask& task, const Chunk& chunk, int64_t head,
                ForwardWorkspace& w) {
   using L = Layout<Operand>;
   const int k_dim = static_cast<int>(p.sizes.k_dim), rows = chunk.rows;
-  load_factored(p, task, chunk, 0, L::values(w.q), w.tokens.q_factor);
-  load_factored(p, task, chunk, 1, L::values(w.k), w.tokens.k_factor);
+  const int64_t group = p.sizes.v_heads / p.sizes.k_heads, k_head = head / group;
+  const bool save = p.save_residuals && p.qk_l2norm && task.v_begin == 0 && head % group == 0;
+  load_factored(p, task, chunk, k_head, 0, save, L::values(w.q), w.tokens.q_factor);
+  load_factored(p, task, chunk, k_head, 1, save, L::values(w.k), w.tokens.k_factor);
   auto* const k = L::of(w.k);
   const auto* const k_transposed =
       transposed_operand<Operand>(k, L::kRow, rows, k_dim, w.k_transposed, kSquareStride);
@@ -98,6 +103,22 @@ void subtract_read(const ChunkScanParams& p, const ScanTask& task, const Chunk& 
   }
 }
 
+/// Asks for the chunk's rows of an input, into the second-level cache: they mostly lie a multiple
+/// of 4 KiB apart, and the first level has room for few of such.
+void prefetch_rows(const InputView& x, const ScanTask& task, const Chunk& chunk, int64_t head,
+                   int dim) {
+  if (x.channel_stride != 1) return;
+  const int64_t element_bytes = x.dtype == Dtype::kFloat32 ? 4 : 2;
+  for (int i = 0; i < chunk.n; ++i) {
+    const int64_t at = task.sequence.batch_idx * x.batch_stride + head * x.head_stride +
+                       (chunk.begin + i) * x.token_stride;
+    const char* const row = static_cast<const char*>(x.data) + at * element_bytes;
+    for (int64_t line = 0; line < dim * element_bytes; line += kLineBytes) {
+      __builtin_prefetch(row + line, 0, 2);
+    }
+  }
+}
+
 /// The chunk's outputs of a value head, and the state after it.
 template <class Operand>
 void advance(const ChunkScanParams& p, const ScanTask& task, const Chunk& chunk, int64_t head,
@@ -107,6 +128,10 @@ void advance(const ChunkScanParams& p, const ScanTask& task, const Chunk& chunk,
   const int rows = chunk.rows, stride = state_stride(columns);
   const TokenValues& t = w.tokens;
   const auto* const s = state_operand<Operand>(state, k_dim, columns, stride, w.state_packed);
+  // The next head's values lie in the pages of this one's, which need not be found anew so soon.
+  if (head + 1 < task.head_end) {
+    prefetch_rows(channels_from(p.v, task.v_begin), task, chunk, head + 1, columns);
+  }
   product<Operand, L::kRow, 1>(L::of(w.k), s, stride, w.w, kRowStride, rows, columns, k_dim);
   product<Operand, L::kRow, 1>(L::of(w.q), s, stride, w.o, kRowStride, rows, columns, k_dim);
   subtract_read(p, task, chunk, head, w);
@@ -135,7 +160,7 @@ void scan(const ChunkScanParams& p, const ScanTask& task, ForwardWorkspace& w) {
   const int k_dim = static_cast<int>(s.k_dim), v_dim = static_cast<int>(s.v_dim);
   const int stride = state_stride(task.v_end - task.v_begin);
   const int64_t state_size = s.k_dim * stride;
-  const int64_t first_state = task.sequence.seq_idx * s.v_heads;
+  const int64_t first_state = task.sequence.seq_idx * s.v_heads, group = s.v_heads / s.k_heads;
   for (int64_t head = task.head_begin; head < task.head_end; ++head) {
     const int64_t at = (first_state + head) * s.k_dim * s.v_dim;
     load_state(p.initial_state ? p.initial_state + at : nullptr, p.state_v_first, k_dim, v_dim,
@@ -143,12 +168,11 @@ void scan(const ChunkScanParams& p, const ScanTask& task, ForwardWorkspace& w) {
                stride);
   }
   for (int64_t begin = 0; begin < task.sequence.length; begin += kChunk) {
-    const int64_t left = task.sequence.length - begin;
-    const int n = static_cast<int>(left < kChunk ? left : kChunk);
-    const int rows = (n + kProductMultiple - 1) / kProductMultiple * kProductMultiple;
-    const Chunk chunk = {task.sequence.begin + begin, n, rows};
-    load_keys<Operand>(p, task, chunk, w);
+    const Chunk chunk = chunk_from(task, task.sequence.begin + begin);
     for (int64_t head = task.head_begin; head < task.head_end; ++head) {
+      if (head == task.head_begin || head % group == 0) {
+        load_keys<Operand>(p, task, chunk, head, w);
+      }
       const int64_t at = (head - task.head_begin) * state_size;
       solve(p, task, chunk, head, w);
       advance<Operand>(p, task, chunk, head, task.states + at, w);

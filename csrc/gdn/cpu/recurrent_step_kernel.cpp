@@ -14,10 +14,10 @@ namespace {
 // cache, are loaded and stored once for so many.
 constexpr int kPassRows = 2;
 static_assert(kHeadDimMultiple % kPassRows == 0);
-// Lines of 64 bytes between what a pass reads and what it asks for into the second-level cache. The
+// Lines between what a pass reads and what it asks for into the second-level cache. The
 // CPU's own prefetching stops at the end of each page, and one that fills the first-level cache
 // displaces what the pass works on (AMD EPYC of family 25, model 17, 2026-11-21).
-constexpr int kLineBytes = 64, kLinesAhead = 128;
+constexpr int kLinesAhead = 128;
 
 struct Token {
   alignas(64) float q[kMaxHeadDim], k[kMaxHeadDim], v[kMaxHeadDim], u[kMaxHeadDim];

@@ -15,27 +15,41 @@ inline Mask up_to(int j, int last) {
   return less(add_i32(iota(), splat_i32(j)), splat_i32(last + 1));
 }
 
-/// X = (I + L)^-1 with L_ij = beta_i kf_i kf_j kk_ij below the diagonal, by rows. L: working
-/// memory.
-inline void invert(const TokenValues& t, int rows, const float* kk, float* L, float* x) {
-  for (int i = 0; i < rows; ++i) {
-    float* const l = L + i * kSquareStride;
-    float* const row = x + i * kSquareStride;
-    const F32 own = splat(t.beta[i] * t.k_factor[i]);
-    for (int j = 0; j < i; j += kLanes) {
-      store(l + j, load(kk + i * kSquareStride + j) * own * load(t.k_factor + j));
-    }
-    for (int c = 0; c < filled_columns(i); c += kLanes) {
-      F32 even = splat(0.0f), odd = splat(0.0f);
-      int j = c;  // rows above c have nothing in these columns
-      for (; j + 1 < i; j += 2) {
-        even = fma(splat(l[j]), load(x + j * kSquareStride + c), even);
-        odd = fma(splat(l[j + 1]), load(x + (j + 1) * kSquareStride + c), odd);
+/// Rows [0, kProductMultiple) of columns [c, c + kLanes) of X, in place: forward substitution with
+/// the rows' own block of -L.
+[[gnu::flatten]] inline void substitute(const float* minus_l, float* x) {
+  constexpr int kRows = kProductMultiple;
+  F32 row[kRows];
+  unroll<kRows>([&](int i) { row[i] = load(x + i * kSquareStride); });
+  unroll<kRows>([&](int j) {
+    unroll<kRows>([&](int i) {
+      if (i > j) row[i] = fma(splat(minus_l[i * kSquareStride + j]), row[j], row[i]);
+    });
+  });
+  unroll<kRows>([&](int i) { store(x + i * kSquareStride, row[i]); });
+}
+
+/// X = (I + L)^-1 with L_ij = beta_i kf_i kf_j kk_ij below the diagonal, by blocks of rows: what
+/// the rows above add to a block are products. minus_l: working memory.
+inline void invert(const TokenValues& t, int rows, const float* kk, float* minus_l, float* x) {
+  constexpr int kBlock = kProductMultiple;
+  for (int begin = 0; begin < rows; begin += kBlock) {
+    float* const l = minus_l + begin * kSquareStride;
+    float* const block = x + begin * kSquareStride;
+    for (int i = 0; i < kBlock; ++i) {
+      const int at = (begin + i) * kSquareStride;
+      const F32 own = splat(-(t.beta[begin + i] * t.k_factor[begin + i]));
+      for (int j = 0; j < begin + kBlock; j += kLanes) {
+        store(minus_l + at + j, load(kk + at + j) * own * load(t.k_factor + j));
       }
-      if (j < i) even = fma(splat(l[j]), load(x + j * kSquareStride + c), even);
-      store(row + c, splat(0.0f) - (even + odd));
+      zero_row(x + at + begin, kBlock);
+      x[at + begin + i] = 1.0f;
     }
-    row[i] = 1.0f;
+    for (int c = 0; c < begin; c += kBlock) {  // rows above c have nothing in these columns
+      product<Fp32Operand, kSquareStride, 1>(l + c, x + c * kSquareStride + c, kSquareStride,
+                                             block + c, kSquareStride, kBlock, kBlock, begin - c);
+    }
+    for (int c = 0; c < begin + kBlock; c += kLanes) substitute(l + begin, block + c);
   }
 }
 

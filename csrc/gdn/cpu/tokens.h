@@ -11,6 +11,8 @@ namespace kvcore::gdn::KVCORE_ISA {
 
 using namespace kvcore::KVCORE_ISA;
 
+constexpr int kLineBytes = 64;  // of a cache
+
 /// e^x, also of positive x: infinity beyond 88.
 inline F32 exp_any(F32 x) {
   const F32 limit = splat(88.0f);
