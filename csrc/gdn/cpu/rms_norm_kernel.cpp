@@ -7,20 +7,36 @@
 namespace kvcore::gdn::KVCORE_ISA {
 namespace {
 
-/// The vector at p, of whose lanes n are left in the row; the others are 0.
+/// How much of a vector is in the row: all of it, as the compiler knows, or the first n lanes.
+struct Whole {};
+
 template <class T>
-inline F32 load_left(const T* p, int64_t n) {
-  if (n >= kLanes) return load(p);
+inline F32 load_part(const T* p, Whole) {
+  return load(p);
+}
+template <class T>
+inline F32 load_part(const T* p, int64_t n) {  // the other lanes are 0
   float lanes[kLanes] = {};
   for (int64_t i = 0; i < n; ++i) lanes[i] = widen(p[i]);
   return load(lanes);
 }
 template <class T>
-inline void store_left(T* p, F32 x, int64_t n) {
-  if (n >= kLanes) return store(p, x);
+inline void store_part(T* p, F32 x, Whole) {
+  store(p, x);
+}
+template <class T>
+inline void store_part(T* p, F32 x, int64_t n) {
   float lanes[kLanes];
   store(lanes, x);
   for (int64_t i = 0; i < n; ++i) narrow(lanes[i], p + i);
+}
+
+/// Calls f(channel, part) for the vectors of a row of n channels.
+template <class F>
+inline void for_vectors(int64_t n, const F& f) {
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) f(c, Whole{});
+  if (c < n) f(c, n - c);
 }
 
 /// Rows in their order, of views of the same sizes.
@@ -51,7 +67,7 @@ struct Row {
 F32 sigmoid(F32 x) { return splat(1.0f) / (splat(1.0f) + exp_any(splat(0.0f) - x)); }
 
 template <class T>
-float sum_of_squares(const T* x, int64_t n) {
+inline float sum_of_squares(const T* x, int64_t n) {
   F32 sums[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
   int64_t c = 0;
   for (; c + 4 * kLanes <= n; c += 4 * kLanes) {
@@ -60,31 +76,33 @@ float sum_of_squares(const T* x, int64_t n) {
       sums[i] = fma(v, v, sums[i]);
     });
   }
-  for (; c < n; c += kLanes) {
-    const F32 v = load_left(x + c, n - c);
+  for_vectors(n - c, [&](int64_t left, auto part) {
+    const F32 v = load_part(x + c + left, part);
     sums[0] = fma(v, v, sums[0]);
-  }
+  });
   return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 template <class T, bool kGated>
 void norm_rows(const RmsNormParams& p, const float* weight, int64_t begin, int64_t end) {
   const int64_t n = p.sizes.channels;
+  const float eps = p.eps;
   Row at(p.sizes, begin);
   for (int64_t row = begin; row < end; ++row, at.next()) {
     const T* const x = at.of<T>(p.x);
     const T* const gate = kGated ? at.of<T>(p.gate) : nullptr;
     T* const out = static_cast<T*>(p.out.data) + row * n;
-    const float rstd = 1.0f / sqrtf(sum_of_squares(x, n) / static_cast<float>(n) + p.eps);
+    const float rstd = 1.0f / sqrtf(sum_of_squares(x, n) / static_cast<float>(n) + eps);
     p.rstd[row] = rstd;
-    for (int64_t c = 0; c < n; c += kLanes) {
-      F32 y = load_left(x + c, n - c) * splat(rstd) * load(weight + c);
+    const F32 factor = splat(rstd);
+    for_vectors(n, [=](int64_t c, auto part) {
+      F32 y = load_part(x + c, part) * factor * load(weight + c);
       if (kGated) {
-        const F32 g = load_left(gate + c, n - c);
+        const F32 g = load_part(gate + c, part);
         y = y * (g * sigmoid(g));
       }
-      store_left(out + c, y, n - c);
-    }
+      store_part(out + c, y, part);
+    });
   }
 }
 
@@ -99,29 +117,30 @@ void norm_backward_rows(const RmsNormBackwardParams& p, const float* weight, int
     const T* const x = at.of<T>(p.x);
     const T* const d_out = at.of<T>(p.d_out);
     const T* const gate = kGated ? at.of<T>(p.gate) : nullptr;
+    T* const dgate = kGated ? static_cast<T*>(p.dgate.data) + row * n : nullptr;
+    T* const dx = static_cast<T*>(p.dx.data) + row * n;
     const F32 rstd = splat(p.rstd[row]);
     F32 sum = splat(0.0f);
-    for (int64_t c = 0; c < n; c += kLanes) {
-      const F32 normed = load_left(x + c, n - c) * rstd, w = load(weight + c);
-      F32 d = load_left(d_out + c, n - c);
+    for_vectors(n, [=, &sum](int64_t c, auto part) {
+      const F32 normed = load_part(x + c, part) * rstd, w = load(weight + c);
+      F32 d = load_part(d_out + c, part);
       if (kGated) {
-        const F32 g = load_left(gate + c, n - c), s = sigmoid(g), silu = g * s;
+        const F32 g = load_part(gate + c, part), s = sigmoid(g), silu = g * s;
         // The derivative of silu: s + g s (1 - s).
         const F32 slope = fma(silu, splat(1.0f) - s, s);
-        store_left(static_cast<T*>(p.dgate.data) + row * n + c, d * (normed * w) * slope, n - c);
+        store_part(dgate + c, d * (normed * w) * slope, part);
         d = d * silu;
       }
       store(dweight + c, fma(d, normed, load(dweight + c)));
       const F32 dn = d * w;
       store(d_normed + c, dn);
       sum = fma(dn, normed, sum);
-    }
+    });
     const F32 mean = splat(reduce_add(sum) / static_cast<float>(n));
-    T* const dx = static_cast<T*>(p.dx.data) + row * n;
-    for (int64_t c = 0; c < n; c += kLanes) {
-      const F32 normed = load_left(x + c, n - c) * rstd;
-      store_left(dx + c, rstd * (load(d_normed + c) - normed * mean), n - c);
-    }
+    for_vectors(n, [=](int64_t c, auto part) {
+      const F32 normed = load_part(x + c, part) * rstd;
+      store_part(dx + c, rstd * (load(d_normed + c) - normed * mean), part);
+    });
   }
 }
 
