@@ -43,7 +43,7 @@ def test_nothing_outside_the_inputs_is_read(edge, head_dim, dtype):
     )
     gram = dictionary @ dictionary.T
     options = {"sparsity": 5, "tolerance": 0.3}
-    for args in ((x, dictionary), (x[:1, :1], dictionary), (x, dictionary, gram)):
+    for args in ((x, dictionary), (x[:1, :1], dictionary), (x[:1, :1], dictionary, gram)):
         args = [arg.contiguous() for arg in args]
         assert_reads_inputs_only(OPS.lexico_encode, args, options, edge)
     codes = random_codes(2, 2, 9, 5, 70, seed=2)

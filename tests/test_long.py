@@ -182,7 +182,9 @@ def lexico_calls():
     return {
         "encode": lambda: OPS.lexico_encode(x, dictionary, sparsity=8),
         "encode_few": lambda: OPS.lexico_encode(x[:1, :1, :20], dictionary, sparsity=8),
-        "encode_given_gram": lambda: OPS.lexico_encode(x, dictionary, gram, sparsity=8),
+        "encode_given_gram": lambda: OPS.lexico_encode(
+            x[:1, :1, :20], dictionary, gram, sparsity=8
+        ),
         "reconstruct": lambda: OPS.lexico_reconstruct(*codes, dictionary),
         "append": append,
         "seal": lambda: OPS.lexico_seal(*full, v_atoms=90),

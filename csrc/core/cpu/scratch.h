@@ -7,6 +7,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 namespace kvcore {
 
@@ -24,20 +25,48 @@ class ScratchError : public std::bad_alloc {
   char text_[64];
 };
 
+namespace detail {
+
+inline int64_t scratch_bytes(int64_t size, std::initializer_list<int64_t> sizes) {
+  int64_t bytes = size;
+  for (const int64_t factor : sizes) {
+    if (__builtin_mul_overflow(bytes, factor, &bytes)) {
+      throw ScratchError(std::numeric_limits<int64_t>::max());
+    }
+  }
+  return bytes;
+}
+
+// A cache line: a vector of 64 bytes that lies across two costs two reads.
+constexpr std::align_val_t kScratchAlignment{64};
+struct AlignedDelete {
+  void operator()(void* memory) const { ::operator delete(memory, kScratchAlignment); }
+};
+
+}  // namespace detail
+
 /// Memory for the product of `sizes` elements, not initialized. Throws ScratchError where there is
 /// none, also if the bytes overflow: an expanded input has a size that no memory bounds, and a
 /// product that wrapped around would be allocated and overrun.
 template <class T>
 std::unique_ptr<T[]> make_scratch(std::initializer_list<int64_t> sizes) {
-  int64_t bytes = sizeof(T);
-  for (const int64_t size : sizes) {
-    if (__builtin_mul_overflow(bytes, size, &bytes)) {
-      throw ScratchError(std::numeric_limits<int64_t>::max());
-    }
-  }
+  const int64_t bytes = detail::scratch_bytes(sizeof(T), sizes);
   T* memory = new (std::nothrow) T[static_cast<size_t>(bytes) / sizeof(T)];
   if (memory == nullptr) throw ScratchError(bytes);
   return std::unique_ptr<T[]>(memory);
+}
+
+/// The same, beginning at a cache line.
+template <class T>
+std::unique_ptr<T[], detail::AlignedDelete> make_aligned_scratch(
+    std::initializer_list<int64_t> sizes) {
+  static_assert(std::is_trivially_default_constructible_v<T> &&
+                std::is_trivially_destructible_v<T>);
+  const int64_t bytes = detail::scratch_bytes(sizeof(T), sizes);
+  void* memory =
+      ::operator new(static_cast<size_t>(bytes), detail::kScratchAlignment, std::nothrow);
+  if (memory == nullptr) throw ScratchError(bytes);
+  return std::unique_ptr<T[], detail::AlignedDelete>(static_cast<T*>(memory));
 }
 
 }  // namespace kvcore

@@ -2,10 +2,9 @@
 // the next atom is nearly all the work, and there are two ways to do it: products of the residual
 // with every atom (head_dim multiply-adds an atom), or the products of the vector, computed once,
 // minus the selected atoms' rows of the Gram matrix (as many multiply-adds an atom as atoms were
-// selected). The second needs the matrix: it is worth computing for many vectors. With AVX-512 BF16
-// the first multiplies bf16, and what could be the largest product is computed again in fp32.
+// selected). The second needs the matrix: it is worth computing for many vectors. Both are in
+// 16-bit integers, and what could be the largest product is computed again in fp32.
 #include <algorithm>
-#include <cstddef>
 
 #include "core/cpu/parallel.h"
 #include "core/cpu/scratch.h"
@@ -14,11 +13,11 @@
 namespace kvcore::lexico {
 namespace {
 
-// The matrix costs what sparsity * num_vectors = atoms of the first way cost.
+// The matrix costs about what `atoms` steps of the first way cost.
 bool computes_gram(const EncodeParams& p, int64_t num_vectors) {
-  // Beyond that many atoms the matrix (256 MiB here) is too much memory for scratch.
+  // Beyond that many atoms the matrix (128 MiB here) is too much memory for scratch.
   constexpr int64_t kMaxGramAtoms = 8192;
-  return p.atoms <= kMaxGramAtoms && num_vectors >= p.atoms / std::max<int64_t>(p.sparsity / 2, 1);
+  return p.atoms <= kMaxGramAtoms && num_vectors >= p.atoms / p.sparsity;
 }
 
 }  // namespace
@@ -27,45 +26,48 @@ namespace backend {
 
 void encode(const EncodeParams& p) {
   const int64_t num_vectors = p.batch * p.heads * p.tokens;
-  const int64_t panels = num_panels(p.atoms);
-  const bool with_gram = p.gram || computes_gram(p, num_vectors);
+  const int64_t panels = num_panels(p.atoms), padded = padded_atoms(p.atoms);
+  const bool computed = computes_gram(p, num_vectors), with_gram = computed || p.gram;
   const int64_t block = with_gram ? kGramBlock : kRecomputeBlock;
   const int64_t num_tasks = (num_vectors + block - 1) / block;
   const int64_t workers = max_workers(num_tasks);
+  // Nothing is needed for what the other search works with.
+  const int64_t searched = with_gram ? block : 0, recomputed = with_gram ? 0 : block;
+  const int64_t converted = with_gram && !computed ? kTurns : 0;
+  const int64_t factor = 2 * p.sparsity * factor_stride(p.sparsity);
 
-  const auto packed = make_scratch<std::byte>({panels, p.head_dim, kPanelAtoms, sizeof(float)});
-  const auto computed = make_scratch<float>({with_gram && !p.gram ? p.atoms : 0, p.atoms});
+  const auto packed = make_aligned_scratch<int16_t>({padded, p.head_dim});
+  const auto gram = make_aligned_scratch<int16_t>({computed ? p.atoms : 0, padded});
   const auto pursuits = make_scratch<Pursuit>({workers, block});
+  const auto factors = make_aligned_scratch<double>({workers, block, factor});
+  const auto vectors = make_aligned_scratch<float>({workers, block, p.head_dim});
+  const auto residuals = make_aligned_scratch<float>({workers, recomputed, p.head_dim});
+  const auto maxima = make_aligned_scratch<int32_t>({workers, recomputed, panels, kMaximaLanes});
+  const auto correlations = make_aligned_scratch<int16_t>({workers, searched, padded});
+  const auto rows = make_aligned_scratch<int16_t>({workers, converted, p.sparsity, padded});
   // Zeros: a tile of rows may reach past the vectors of its block.
-  const auto vectors = make_scratch<float>({workers, block, p.head_dim});
-  const auto residuals = make_scratch<float>({workers, with_gram ? 0 : block, p.head_dim});
-  const auto correlations =
-      make_scratch<float>({workers, with_gram ? block : 0, padded_atoms(p.atoms)});
-  std::fill_n(vectors.get(), workers * block * p.head_dim, 0.0f);
-  std::fill_n(residuals.get(), with_gram ? 0 : workers * block * p.head_dim, 0.0f);
+  std::fill_n(residuals.get(), workers * recomputed * p.head_dim, 0.0f);
 
   auto* const pack = KVCORE_ISA_SELECT(pack_dictionary_kernel);
   auto* const fill_gram = KVCORE_ISA_SELECT(gram_kernel);
   auto* const kernel = KVCORE_ISA_SELECT(encode_kernel);
   parallel_for(0, panels, 4,
                [&](int64_t begin, int64_t end) { pack(p, with_gram, begin, end, packed.get()); });
-  EncodeTables tables = {.panels = packed.get(), .gram = p.gram};
-  if (with_gram && !p.gram) {
-    constexpr int64_t kRows = 8 * kRowTile;
-    parallel_tasks((p.atoms + kRows - 1) / kRows, [&](int64_t task, int64_t) {
-      fill_gram(p, tables.panels, task * kRows, std::min((task + 1) * kRows, p.atoms),
-                computed.get());
+  if (computed) {
+    parallel_tasks(panels, [&](int64_t panel, int64_t) {
+      if (panel * kPanelAtoms < p.atoms) fill_gram(p, packed.get(), panel, gram.get());
     });
-    tables.gram = computed.get();
   }
+  const EncodeTables tables = {.panels = packed.get(), .gram = computed ? gram.get() : nullptr};
   parallel_tasks(num_tasks, [&](int64_t task, int64_t worker) {
-    const EncodeScratch scratch = {
-        .pursuits = &pursuits[worker * block],
-        .vectors = &vectors[worker * block * p.head_dim],
-        .residuals = with_gram ? nullptr : &residuals[worker * block * p.head_dim],
-        .correlations =
-            with_gram ? &correlations[worker * block * padded_atoms(p.atoms)] : nullptr};
-    kernel(p, tables, scratch, task * block, std::min((task + 1) * block, num_vectors));
+    const EncodeScratch scratch = {.pursuits = &pursuits[worker * block],
+                                   .factors = &factors[worker * block * factor],
+                                   .vectors = &vectors[worker * block * p.head_dim],
+                                   .residuals = &residuals[worker * recomputed * p.head_dim],
+                                   .maxima = &maxima[worker * recomputed * panels * kMaximaLanes],
+                                   .correlations = &correlations[worker * searched * padded],
+                                   .rows = &rows[worker * converted * p.sparsity * padded]};
+    kernel(p, tables, scratch, with_gram, task * block, std::min((task + 1) * block, num_vectors));
   });
 }
 

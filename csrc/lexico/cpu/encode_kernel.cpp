@@ -2,12 +2,8 @@
 
 #include "core/cpu/rows.h"
 #include "lexico/cpu/coefficients.h"
-#include "lexico/cpu/correlate.h"
-#include "lexico/cpu/encode_kernels.h"
-#include "lexico/cpu/pursuit.h"
-#if defined(KVCORE_ISA_AMX)
-#include "lexico/cpu/search_tiles.h"
-#endif
+#include "lexico/cpu/search_gram.h"
+#include "lexico/cpu/search_residual.h"
 
 namespace kvcore::lexico::KVCORE_ISA {
 namespace {
@@ -47,29 +43,6 @@ bool load_vector(const EncodeParams& p, int64_t vector_idx, float* vector, Pursu
   return true;
 }
 
-float dot(const float* a, const float* b, int head_dim) {
-  F32 sums[2] = {splat(0.0f), splat(0.0f)};
-  for (int i = 0; i < head_dim; i += 2 * kLanes) {
-    sums[0] = fma(load(a + i), load(b + i), sums[0]);
-    sums[1] = fma(load(a + i + kLanes), load(b + i + kLanes), sums[1]);
-  }
-  return reduce_add(sums[0] + sums[1]);
-}
-
-/// residual = vector - what the selected atoms explain.
-void compute_residual(const EncodeParams& p, const Pursuit& pursuit, const float* vector,
-                      float* residual) {
-  const int head_dim = static_cast<int>(p.head_dim);
-  memcpy(residual, vector, head_dim * sizeof(float));
-  for (int j = 0; j < pursuit.count; ++j) {
-    const float* atom = p.dictionary + pursuit.atoms[j] * p.head_dim;
-    const F32 value = splat(static_cast<float>(-pursuit.values[j]));
-    for (int i = 0; i < head_dim; i += kLanes) {
-      store(residual + i, fma(value, load(atom + i), load(residual + i)));
-    }
-  }
-}
-
 /// Writes the code of a vector.
 void finish(const EncodeParams& p, const Pursuit& pursuit, const float* vector) {
   const int64_t row = pursuit.vector_idx * p.sparsity;
@@ -97,207 +70,82 @@ void finish(const EncodeParams& p, const Pursuit& pursuit, const float* vector) 
   p.residual[pursuit.vector_idx] = relative;
 }
 
-/// The atom most correlated with what `s` leaves of its vector: correlations with the vector minus
-/// those with what is explained, sum_j values[j] * gram[atoms[j]].
-[[gnu::flatten]] Best search_gram(const EncodeParams& p, const float* gram, const Pursuit& s,
-                                  const float* correlations) {
-  const float* rows[kMaxSparsity];
-  float values[kMaxSparsity];
-  const int count = s.count;
-  for (int j = 0; j < count; ++j) {
-    rows[j] = gram + s.atoms[j] * p.atoms;
-    values[j] = static_cast<float>(-s.values[j]);
-  }
-  LaneBest best = LaneBest::none();
-  F32 index = to_f32(iota());
-  const auto update = [&](const F32(&acc)[4]) {
-    unroll<4>([&](int c) {
-      best.update(acc[c], index);
-      index = index + splat(static_cast<float>(kLanes));
-    });
-  };
-  constexpr int kGroup = 4 * kLanes;
+/// A row of the matrix that is given, as a computed one would be.
+void convert_row(const EncodeParams& p, const float* given, int16_t* row) {
+  constexpr float kScale = kUnit * kUnit * 0x1p-15f;
   int64_t n = 0;
-  for (; n + kGroup <= p.atoms; n += kGroup) {
-    F32 acc[4];
-    unroll<4>([&](int c) { acc[c] = load(correlations + n + c * kLanes); });
-    for (int j = 0; j < count; ++j) {
-      const F32 value = splat(values[j]);
-      const float* row = rows[j] + n;
-      unroll<4>([&](int c) { acc[c] = fma(value, load(row + c * kLanes), acc[c]); });
-    }
-    update(acc);
+  for (; n + kLanes <= p.atoms; n += kLanes) {
+    store_words(row + n, to_i32(load(given + n) * splat(kScale)));
   }
-  if (n < p.atoms) {
-    // Rows end here; correlations are padded with zeros.
-    F32 acc[4];
-    unroll<4>([&](int c) { acc[c] = load(correlations + n + c * kLanes); });
-    for (int j = 0; j < count; ++j) {
-      alignas(64) float row[kGroup] = {};
-      for (int64_t i = n; i < p.atoms; ++i) row[i - n] = rows[j][i];
-      const F32 value = splat(values[j]);
-      unroll<4>([&](int c) { acc[c] = fma(value, load(row + c * kLanes), acc[c]); });
-    }
-    update(acc);
+  for (; n < padded_atoms(p.atoms); n += kLanes) {
+    float rest[kLanes] = {};
+    for (int64_t i = n; i < p.atoms; ++i) rest[i - n] = given[i];
+    store_words(row + n, to_i32(load(rest) * splat(kScale)));
   }
-  return reduce(best);
 }
 
-/// correlations [rows rounded up to kRowTile, padded_atoms] of `rows` vectors with every atom.
-void correlate_all(const EncodeParams& p, const float* panels, const float* vectors, int rows,
-                   float* correlations, int64_t stride) {
-  const int head_dim = static_cast<int>(p.head_dim);
-  for (int64_t panel = 0; panel < num_panels(p.atoms); ++panel) {
-    for (int row = 0; row < rows; row += kRowTile) {
-      for (int atom = 0; atom < kPanelAtoms; atom += kTileAtoms) {
-        F32 acc[kRowTile][kChunks];
-        correlate_tile(vectors + row * head_dim, panels + panel * head_dim * kPanelAtoms + atom,
-                       head_dim, acc);
-        float* const out = correlations + row * stride + panel * kPanelAtoms + atom;
-        for (int r = 0; r < kRowTile; ++r) {
-          for (int c = 0; c < kChunks; ++c) store(out + r * stride + c * kLanes, acc[r][c]);
-        }
-      }
+/// One step of a vector; true if it is done.
+bool step_with_gram(const EncodeParams& p, const EncodeTables& tables, int16_t* converted,
+                    const Upcoming& upcoming, GramSearch& search) {
+  Pursuit& s = *search.pursuit;
+  const int64_t padded = padded_atoms(p.atoms);
+  if (s.count > 0) {
+    const int last = s.count - 1;
+    search.base[last] = 0;
+    search.rows[last] = converted + last * padded;
+    if (tables.gram) {
+      search.rows[last] = tables.gram + s.atoms[last] * padded;
+    } else {
+      convert_row(p, p.gram + s.atoms[last] * p.atoms, converted + last * padded);
     }
   }
+  const Best best = search_gram(p, tables.panels, search, upcoming);
+  if (is_negligible(s, best.value) || !select_atom(p, s, search.vector, best.index)) return true;
+  return is_done(p, s);
 }
 
-#if defined(KVCORE_ISA_AVX512_BF16)
-
-/// The largest product with the residual, in fp32, of the atoms that it can be of.
-Best rescore(const EncodeParams& p, const LaneBestTwo& lanes, const float* residual) {
-  const int head_dim = static_cast<int>(p.head_dim);
-  float values[2][kLanes], indices[2][kLanes];
-  float largest = 0;
-  for (int i = 0; i < 2; ++i) {
-    store(values[i], lanes.value[i]);
-    store(indices[i], lanes.index[i]);
-  }
-  for (int lane = 0; lane < kLanes; ++lane) {
-    largest = values[0][lane] > largest ? values[0][lane] : largest;
-  }
-  // Each factor is off by 2^-9 of itself at most, so a product with an atom of norm 1 by 2^-8 of
-  // the residual's norm, and of two products that the rounding exchanges by twice that.
-  const float norm = __builtin_sqrtf(dot(residual, residual, head_dim));
-  const float least = largest - 0x1.02p-7f * norm;
-  Best best = {-1, 0};
-  for (int i = 0; i < 2; ++i) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      if (!(values[i][lane] >= least)) continue;
-      const int32_t index = static_cast<int32_t>(indices[i][lane]);
-      const float product = dot(residual, p.dictionary + index * p.head_dim, head_dim);
-      const float magnitude = product < 0 ? -product : product;
-      const bool first = magnitude == best.value && index < best.index;
-      if (magnitude > best.value || first) best = {magnitude, index};
-    }
-  }
-  return best;
+/// The row that the next step of a vector reads.
+Upcoming upcoming_row(const EncodeParams& p, const EncodeTables& tables, const GramSearch& search) {
+  if (search.pursuit == nullptr || search.pursuit->count == 0) return {};
+  const int64_t atom = search.pursuit->atoms[search.pursuit->count - 1];
+  if (!tables.gram) return {reinterpret_cast<const char*>(p.gram + atom * p.atoms), sizeof(float)};
+  const int16_t* const row = tables.gram + atom * padded_atoms(p.atoms);
+  return {reinterpret_cast<const char*>(row), sizeof(int16_t)};
 }
-
-// Adds the products with all atoms to what is known of the first `rows` of kRecomputeBlock rows.
-#if defined(KVCORE_ISA_AMX)
-void search_panels(const EncodeParams& p, const uint32_t* panels, const uint32_t* pairs, int rows,
-                   LaneBestTwo* best) {
-  const int head_dim = static_cast<int>(p.head_dim);
-  configure_search_tiles();
-  const int num_groups = (rows + kTileMaxRows - 1) / kTileMaxRows;
-  alignas(64) float products[kRecomputeBlock * kLanes];
-  for (int64_t atom = 0; atom < padded_atoms(p.atoms); atom += kLanes) {
-    const int64_t panel = atom / kPanelAtoms * kPanelAtoms;
-    const uint32_t* const first = panels + panel * (head_dim / 2) + (atom - panel);
-    correlate_tiles(pairs, num_groups, first, head_dim, products);
-    const F32 index = to_f32(add_i32(iota(), splat_i32(static_cast<int32_t>(atom))));
-    for (int row = 0; row < rows; ++row) best[row].update(load(products + row * kLanes), index);
-  }
-  tile_release();
-}
-#else
-void search_panels(const EncodeParams& p, const uint32_t* panels, const uint32_t* pairs, int rows,
-                   LaneBestTwo* best) {
-  const int head_dim = static_cast<int>(p.head_dim), num_pairs = head_dim / 2;
-  static_assert(kTileAtoms == kPanelAtoms && kRecomputeBlock % kRowTile == 0);
-  for (int64_t panel = 0; panel < num_panels(p.atoms); ++panel) {
-    const uint32_t* const atoms = panels + panel * num_pairs * kPanelAtoms;
-    const F32 first = to_f32(add_i32(iota(), splat_i32(panel * kPanelAtoms)));
-    for (int row = 0; row < rows; row += kRowTile) {
-      F32 acc[kRowTile][kChunks];
-      correlate_pairs(pairs + row * num_pairs, atoms, head_dim, acc);
-      for (int r = 0; r < kRowTile; ++r) {
-        LaneBestTwo lanes = best[row + r];
-        for (int c = 0; c < kChunks; ++c) {
-          lanes.update(acc[r][c], first + splat(static_cast<float>(c * kLanes)));
-        }
-        best[row + r] = lanes;
-      }
-    }
-  }
-}
-#endif
-
-/// Best atoms of the first `rows` rows of `residuals` [kRecomputeBlock, head_dim].
-void search_all(const EncodeParams& p, const void* panels, const float* residuals, int rows,
-                Best* found) {
-  const int head_dim = static_cast<int>(p.head_dim), num_pairs = head_dim / 2;
-  uint32_t pairs[kRecomputeBlock * kMaxHeadDim / 2];
-  LaneBestTwo best[kRecomputeBlock];
-  for (int row = 0; row < kRecomputeBlock; ++row) {
-    round_row(residuals + row * head_dim, head_dim, pairs + row * num_pairs);
-    best[row] = LaneBestTwo::none();
-  }
-  search_panels(p, static_cast<const uint32_t*>(panels), pairs, rows, best);
-  for (int row = 0; row < rows; ++row) {
-    found[row] = rescore(p, best[row], residuals + row * head_dim);
-  }
-}
-
-#else
-
-/// Best atoms of the rows of `residuals`.
-void search_all(const EncodeParams& p, const void* panels, const float* residuals, int rows,
-                Best* found) {
-  const int head_dim = static_cast<int>(p.head_dim);
-  const float* const all = static_cast<const float*>(panels);
-  LaneBest best[kRecomputeBlock];
-  for (int row = 0; row < rows; ++row) best[row] = LaneBest::none();
-  for (int64_t panel = 0; panel < num_panels(p.atoms); ++panel) {
-    for (int row = 0; row < rows; row += kRowTile) {
-      for (int atom = 0; atom < kPanelAtoms; atom += kTileAtoms) {
-        F32 acc[kRowTile][kChunks];
-        correlate_tile(residuals + row * head_dim, all + panel * head_dim * kPanelAtoms + atom,
-                       head_dim, acc);
-        const F32 first = to_f32(add_i32(iota(), splat_i32(panel * kPanelAtoms + atom)));
-        for (int r = 0; r < kRowTile && row + r < rows; ++r) {
-          LaneBest lanes = best[row + r];
-          for (int c = 0; c < kChunks; ++c) {
-            lanes.update(acc[r][c], first + splat(static_cast<float>(c * kLanes)));
-          }
-          best[row + r] = lanes;
-        }
-      }
-    }
-  }
-  for (int row = 0; row < rows; ++row) found[row] = reduce(best[row]);
-}
-
-#endif
 
 void encode_with_gram(const EncodeParams& p, const EncodeTables& tables,
                       const EncodeScratch& scratch, int count) {
-  const int64_t stride = padded_atoms(p.atoms);
-  correlate_all(p, static_cast<const float*>(tables.panels), scratch.vectors, count,
-                scratch.correlations, stride);
+  const int head_dim = static_cast<int>(p.head_dim);
+  const int64_t padded = padded_atoms(p.atoms);
+  int16_t words[kGramBlock * kMaxHeadDim] = {};
+  float norms[kGramBlock];
   for (int v = 0; v < count; ++v) {
-    Pursuit& s = scratch.pursuits[v];
-    const float* correlations = scratch.correlations + v * stride;
-    while (!is_done(p, s)) {
-      const Best best = search_gram(p, tables.gram, s, correlations);
-      if (is_negligible(s, best.value)) break;
-      float products[kMaxSparsity];
-      const float* row = tables.gram + best.index * p.atoms;
-      for (int j = 0; j < s.count; ++j) products[j] = row[s.atoms[j]];
-      if (!append_atom(s, best.index, products, correlations[best.index])) break;
+    const float* const vector = scratch.vectors + v * head_dim;
+    norms[v] = __builtin_sqrtf(dot(vector, vector, head_dim));
+    quantize_row(vector, head_dim, kUnit / norms[v], words + v * head_dim);
+  }
+  correlate_all<kRowTile>(p, tables.panels, words, count, scratch.correlations);
+  GramSearch searches[kTurns];
+  for (GramSearch& search : searches) search.pursuit = nullptr;
+  int begun = 0;
+  for (int turn = 0, left = count; left > 0; turn = (turn + 1) % kTurns) {
+    GramSearch& search = searches[turn];
+    if (search.pursuit == nullptr) {
+      if (begun == count) continue;
+      search.pursuit = scratch.pursuits + begun;
+      search.vector = scratch.vectors + begun * head_dim;
+      search.correlations = scratch.correlations + begun * padded;
+      search.base_norm = norms[begun];
+      ++begun;
     }
-    finish(p, s, scratch.vectors + v * p.head_dim);
+    Pursuit& s = *search.pursuit;
+    const Upcoming upcoming = upcoming_row(p, tables, searches[(turn + 1) % kTurns]);
+    int16_t* const converted = scratch.rows + turn * p.sparsity * padded;
+    if (is_done(p, s) || step_with_gram(p, tables, converted, upcoming, search)) {
+      finish(p, s, search.vector);
+      search.pursuit = nullptr;
+      --left;
+    }
   }
 }
 
@@ -317,23 +165,15 @@ void encode_by_residuals(const EncodeParams& p, const EncodeTables& tables,
     active[num_active++] = v;
   }
   while (num_active > 0) {
-    search_all(p, tables.panels, scratch.residuals, num_active, best);
+    search_residuals(p, tables.panels, scratch.residuals, num_active, scratch.maxima, best);
     int kept = 0;
     for (int row = 0; row < num_active; ++row) {
       const int v = active[row];
       Pursuit& s = scratch.pursuits[v];
       const float* vector = scratch.vectors + v * head_dim;
       const Best found = best[row];
-      bool done = is_negligible(s, found.value);
-      if (!done) {
-        const float* atom = p.dictionary + found.index * p.head_dim;
-        float products[kMaxSparsity];
-        for (int j = 0; j < s.count; ++j) {
-          products[j] = dot(atom, p.dictionary + s.atoms[j] * p.head_dim, head_dim);
-        }
-        done = !append_atom(s, found.index, products, dot(atom, vector, head_dim)) || is_done(p, s);
-      }
-      if (done) {
+      if (is_negligible(s, found.value) || !select_atom(p, s, vector, found.index) ||
+          is_done(p, s)) {
         finish(p, s, vector);
       } else {
         compute_residual(p, s, vector, scratch.residuals + kept * head_dim);
@@ -346,67 +186,14 @@ void encode_by_residuals(const EncodeParams& p, const EncodeTables& tables,
 
 }  // namespace
 
-void pack_dictionary_kernel(const EncodeParams& p, [[maybe_unused]] bool with_gram,
-                            int64_t panel_begin, int64_t panel_end, void* panels) {
-#if defined(KVCORE_ISA_AVX512_BF16)
-  if (!with_gram) {
-    const int head_dim = static_cast<int>(p.head_dim), num_pairs = head_dim / 2;
-    for (int64_t atom = panel_begin * kPanelAtoms; atom < panel_end * kPanelAtoms; ++atom) {
-      uint32_t pairs[kMaxHeadDim / 2] = {};
-      if (atom < p.atoms) round_row(p.dictionary + atom * head_dim, head_dim, pairs);
-      uint32_t* const out = static_cast<uint32_t*>(panels) +
-                            atom / kPanelAtoms * num_pairs * kPanelAtoms + atom % kPanelAtoms;
-      for (int i = 0; i < num_pairs; ++i) out[i * kPanelAtoms] = pairs[i];
-    }
-    return;
-  }
-#endif
-  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-    float* const out = static_cast<float*>(panels) + panel * p.head_dim * kPanelAtoms;
-    for (int64_t i = 0; i < p.head_dim; ++i) {
-      for (int64_t a = 0; a < kPanelAtoms; ++a) {
-        const int64_t atom = panel * kPanelAtoms + a;
-        out[i * kPanelAtoms + a] = atom < p.atoms ? p.dictionary[atom * p.head_dim + i] : 0.0f;
-      }
-    }
-  }
-}
-
-void gram_kernel(const EncodeParams& p, const void* panels, int64_t row_begin, int64_t row_end,
-                 float* gram) {
-  const int head_dim = static_cast<int>(p.head_dim);
-  const float* const all = static_cast<const float*>(panels);
-  for (int64_t panel = 0; panel < num_panels(p.atoms); ++panel) {
-    for (int64_t row = row_begin; row < row_end; row += kRowTile) {
-      // Tiles have kRowTile rows: the last one repeats a row.
-      float rows[kRowTile * kMaxHeadDim];
-      for (int r = 0; r < kRowTile; ++r) {
-        const int64_t source = row + r < row_end ? row + r : row_end - 1;
-        memcpy(rows + r * head_dim, p.dictionary + source * head_dim, head_dim * sizeof(float));
-      }
-      for (int atom = 0; atom < kPanelAtoms; atom += kTileAtoms) {
-        F32 acc[kRowTile][kChunks];
-        correlate_tile(rows, all + panel * head_dim * kPanelAtoms + atom, head_dim, acc);
-        const int64_t first = panel * kPanelAtoms + atom;
-        for (int r = 0; r < kRowTile && row + r < row_end; ++r) {
-          for (int c = 0; c < kChunks; ++c) {
-            float lanes[kLanes];
-            store(lanes, acc[r][c]);
-            const int64_t n = first + c * kLanes;
-            const int64_t width = p.atoms - n < kLanes ? p.atoms - n : kLanes;
-            if (width > 0) memcpy(gram + (row + r) * p.atoms + n, lanes, width * sizeof(float));
-          }
-        }
-      }
-    }
-  }
-}
-
 void encode_kernel(const EncodeParams& p, const EncodeTables& tables, const EncodeScratch& scratch,
-                   int64_t begin, int64_t end) {
+                   bool with_gram, int64_t begin, int64_t end) {
+  const int64_t factor = p.sparsity * factor_stride(p.sparsity);
   int count = 0;
   for (int64_t vector_idx = begin; vector_idx < end; ++vector_idx) {
     Pursuit& pursuit = scratch.pursuits[count];
+    pursuit.inverse = scratch.factors + 2 * count * factor;
+    pursuit.transposed = pursuit.inverse + factor;
     float* const vector = scratch.vectors + count * p.head_dim;
     if (load_vector(p, vector_idx, vector, pursuit)) {
       ++count;
@@ -415,7 +202,7 @@ void encode_kernel(const EncodeParams& p, const EncodeTables& tables, const Enco
     }
   }
   if (count == 0) return;
-  if (tables.gram) {
+  if (with_gram) {
     encode_with_gram(p, tables, scratch, count);
   } else {
     encode_by_residuals(p, tables, scratch, count);

@@ -23,29 +23,64 @@ inline bool is_negligible(const Pursuit& pursuit, double correlation) {
   return correlation * correlation <= kStopCorrelation * kStopCorrelation * pursuit.norm_squared;
 }
 
+// Doubles of one vector. Sums keep their order at every level: each lane is a sum of its own.
+constexpr int kDoubles = kLanes / 2;
+typedef double F64 __attribute__((vector_size(4 * kLanes)));
+inline F64 load_doubles(const double* p) {
+  F64 x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+
+/// In fp64, where products of fp32 are exact: a coefficient next to where its code changes is on
+/// the side that exact ones are on.
+inline double dot_doubles(const float* a, const float* b, int head_dim) {
+  typedef float Floats __attribute__((vector_size(2 * kLanes)));
+  F64 sums[2] = {};
+  for (int i = 0; i < head_dim; i += 2 * kDoubles) {
+    for (int half = 0; half < 2; ++half) {
+      Floats x, y;
+      memcpy(&x, a + i + half * kDoubles, sizeof x);
+      memcpy(&y, b + i + half * kDoubles, sizeof y);
+      sums[half] += __builtin_convertvector(x, F64) * __builtin_convertvector(y, F64);
+    }
+  }
+  sums[0] += sums[1];
+  double total = 0;
+  for (int i = 0; i < kDoubles; ++i) total += sums[0][i];
+  return total;
+}
+
 /// Adds an atom; false, changing nothing, if it lies in the span of the others. `products` [count]
 /// are those of the atom with the others, `target` its product with the vector. fp64, since the
-/// recursion loses what the atoms have in common; this is a few percent of the search.
-inline bool append_atom(Pursuit& s, int32_t atom, const float* products, double target) {
+/// recursion loses what the atoms have in common.
+inline bool append_atom(Pursuit& s, int64_t stride, int32_t atom, const double* products,
+                        double target) {
   const int k = s.count;
   // z = the atom's components along the orthonormalised earlier atoms.
   double z[kMaxSparsity];
-  double distance = 1;
-  for (int j = 0; j < k; ++j) {
-    double sum = 0;
-    for (int i = 0; i <= j; ++i) sum += s.inverse[j][i] * products[i];
-    z[j] = sum;
-    distance -= sum * sum;
+  for (int j = 0; j < k; j += kDoubles) {
+    F64 sum = {};
+    const int end = k < j + kDoubles ? k : j + kDoubles;
+    for (int i = 0; i < end; ++i) {
+      sum += load_doubles(s.transposed + i * stride + j) * products[i];
+    }
+    memcpy(z + j, &sum, sizeof sum);
   }
+  double distance = 1;
+  for (int j = 0; j < k; ++j) distance -= z[j] * z[j];
   if (!(distance > kMinDistanceSquared)) return false;
   const double gamma = 1 / __builtin_sqrt(distance);
-  double* row = s.inverse[k];
-  for (int i = 0; i < k; ++i) row[i] = 0;
-  for (int j = 0; j < k; ++j) {
-    for (int i = 0; i <= j; ++i) row[i] -= z[j] * s.inverse[j][i];
+  double *const row = s.inverse + k * stride, *const column = s.transposed + k * stride;
+  for (int i = 0; i < stride; ++i) row[i] = column[i] = 0;
+  for (int i = 0; i < k; i += kDoubles) {
+    F64 sum = {};
+    for (int j = i; j < k; ++j) sum -= load_doubles(s.inverse + j * stride + i) * z[j];
+    sum *= gamma;
+    memcpy(row + i, &sum, sizeof sum);
   }
-  for (int i = 0; i < k; ++i) row[i] *= gamma;
   row[k] = gamma;
+  for (int i = 0; i <= k; ++i) s.transposed[i * stride + k] = row[i];
   // The vector's component along the new direction; a later atom moves the earlier coefficients.
   double component = gamma * target;
   s.atoms[k] = atom;

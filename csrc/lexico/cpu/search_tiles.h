@@ -5,9 +5,12 @@
 #pragma once
 
 #include "core/cpu/amx.h"
-#include "lexico/cpu/correlate.h"
+#include "core/cpu/vec.h"
+#include "lexico/cpu/encode_kernels.h"
 
 namespace kvcore::lexico::KVCORE_ISA {
+
+using namespace ::kvcore::KVCORE_ISA;
 
 constexpr int kTilePairs = kTileMaxBytes / 4;  // of channels in a row of a tile
 // All rows of a block share each tile of atoms: with 3 products for 4 loads it is the products, 16
@@ -28,26 +31,35 @@ inline void configure_search_tiles() {
   tile_config(config);
 }
 
-/// products [kRecomputeBlock, kLanes] of `num_groups` groups of 16 rows [.., head_dim / 2] and the
-/// kLanes atoms that begin at `panel`, [head_dim / 2, kPanelAtoms].
-inline void correlate_tiles(const uint32_t* rows, int num_groups, const uint32_t* panel,
-                            int head_dim, float* products) {
-  const int num_pairs = head_dim / 2;
-  const int64_t row_bytes = num_pairs * int64_t{sizeof(uint32_t)};
+/// A row [head_dim] rounded to bf16.
+inline void round_row(const float* row, int head_dim, int16_t* bits) {
+  for (int i = 0; i < head_dim; i += 2 * kLanes) {
+    const __m512bh both = _mm512_cvtne2ps_pbh(load(row + i + kLanes), load(row + i));
+    _mm512_storeu_si512(bits + i, (__m512i)both);
+  }
+}
+
+/// products [kRecomputeBlock, kLanes] of `num_groups` groups of 16 rows [.., head_dim] and the
+/// kLanes atoms that begin at `panel`, [head_dim / 2, kPanelAtoms, 2].
+inline void correlate_tiles(const int16_t* rows, int num_groups, const int16_t* panel, int head_dim,
+                            float* products) {
+  constexpr int kTileChannels = 2 * kTilePairs;
+  constexpr int64_t kPanelBytes = kPanelAtoms * 2 * int64_t{sizeof(int16_t)};
+  const int64_t row_bytes = head_dim * int64_t{sizeof(int16_t)};
   constexpr int64_t kSumBytes = kLanes * sizeof(float);
   tile_zero<0>();
   tile_zero<1>();
   tile_zero<2>();
-  for (int i = 0; i < num_pairs; i += kTilePairs) {
-    tile_load<kAtoms>(panel + i * kPanelAtoms, kPanelAtoms * int64_t{sizeof(uint32_t)});
+  for (int i = 0; i < head_dim; i += kTileChannels) {
+    tile_load<kAtoms>(panel + i * kPanelAtoms, kPanelBytes);
     tile_load<kRows0>(rows + i, row_bytes);
     tile_dot_bf16<0, kRows0, kAtoms>();
     if (num_groups > 1) {
-      tile_load<kRows1>(rows + kTileMaxRows * num_pairs + i, row_bytes);
+      tile_load<kRows1>(rows + kTileMaxRows * head_dim + i, row_bytes);
       tile_dot_bf16<1, kRows1, kAtoms>();
     }
     if (num_groups > 2) {
-      tile_load<kRows2>(rows + 2 * kTileMaxRows * num_pairs + i, row_bytes);
+      tile_load<kRows2>(rows + 2 * kTileMaxRows * head_dim + i, row_bytes);
       tile_dot_bf16<2, kRows2, kAtoms>();
     }
   }

@@ -20,8 +20,9 @@ from kvcore.cache.lexico_settings import (
 )
 from kvcore.cache.tensors import ordinary_tensors
 
-# csrc/lexico/cpu/encode.cpp.
+# csrc/lexico/cpu/encode.cpp and encode_kernels.h.
 _MAX_GRAM_ATOMS = 8192
+_ATOM_ALIGNMENT = 128
 
 
 class Block(NamedTuple):
@@ -211,6 +212,7 @@ def encoder_workspace(settings: LexicoSettings, pair: Pair | SessionPair, num_ve
     for dictionary, sparsity in zip(pair, (settings.k_sparsity, settings.v_sparsity), strict=True):
         atoms, head_dim = dictionary.shape
         codes += num_vectors * (3 * sparsity + 2 + 4)  # with an fp32 residual each
-        pays = atoms <= _MAX_GRAM_ATOMS and num_vectors >= atoms // max(sparsity // 2, 1)
-        scratch = max(scratch, 4 * atoms * (head_dim + (atoms if pays else 0)))
+        padded = -(-atoms // _ATOM_ALIGNMENT) * _ATOM_ALIGNMENT
+        pays = atoms <= _MAX_GRAM_ATOMS and num_vectors >= atoms // sparsity
+        scratch = max(scratch, 2 * padded * (head_dim + (atoms if pays else 0)))
     return codes + scratch

@@ -1,0 +1,237 @@
+// The search with the Gram matrix G: c = c_0 - sum_j y_j G[n_j] over the selected atoms, all in
+// 16-bit integers. For code that is compiled per ISA level.
+//
+// c_0 are the products of a base, at first the vector itself, whose norm is 2^14 less a little in
+// units of c. The rounding of c_0, y, G and of each product has a bound; of the atoms within it of
+// the largest |c| the products with the residual are computed in fp32, and decide. The bound is of
+// the base's size: once the residual is so small that it tells little apart, c_0 is computed anew,
+// of the residual, and the y_j are what the coefficients have changed since.
+#pragma once
+
+#include "lexico/cpu/correlate.h"
+
+namespace kvcore::lexico::KVCORE_ISA {
+
+/// What is being searched for one vector, beside its Pursuit.
+struct GramSearch {
+  Pursuit* pursuit;  // null when there is none
+  const float* vector;
+  int16_t* correlations;              // [padded_atoms], c_0
+  const int16_t* rows[kMaxSparsity];  // of G, those of the selected atoms
+  double base[kMaxSparsity];          // coefficients that c_0 accounts for
+  float base_norm;
+};
+
+/// A row that will be read soon, `stride` bytes an atom.
+struct Upcoming {
+  const char* row = nullptr;
+  int stride = 0;
+};
+
+/// Rows of G times coefficients.
+struct Explained {
+  int count = 0;
+  const int16_t* rows[kMaxSparsity];
+  int32_t values[kMaxSparsity];  // the same word twice
+  int32_t sum = 0;               // of magnitudes
+
+  /// False if the coefficient does not fit.
+  bool add(const int16_t* row, double value) {
+    constexpr double kLargest = 32767;
+    if (!(__builtin_fabs(value) < kLargest)) return false;
+    const int32_t word = static_cast<int32_t>(__builtin_lrint(value));
+    if (word == 0) return true;
+    rows[count] = row;
+    values[count++] = (word & 0xffff) | static_cast<int32_t>(static_cast<uint32_t>(word) << 16);
+    sum += word < 0 ? -word : word;
+    return true;
+  }
+};
+
+/// kVectors vectors of c, from atom n; meanwhile `lines` of what is upcoming are fetched.
+template <int kVectors>
+[[gnu::flatten]] inline void explain(const int16_t* correlations, const Explained& explained,
+                                     int64_t n, const char* upcoming, int lines,
+                                     Bytes (&out)[kVectors]) {
+  Bytes c[kVectors];
+  unroll<kVectors>([&](int i) { c[i] = load_bytes(correlations + n + i * kWords); });
+  int line = 0;
+  for (int j = 0; j < explained.count; ++j) {
+    const Bytes value = (Bytes)splat_i32(explained.values[j]);
+    const int16_t* const row = explained.rows[j] + n;
+    unroll<kVectors>([&](int i) {
+      c[i] = sub_words(c[i], mul_high_words(value, load_bytes(row + i * kWords)));
+    });
+    // One at a time: a burst of misses would hold up the loads of the rows.
+    if (line < lines) __builtin_prefetch(upcoming + 64 * line++, 0, 2);
+  }
+  for (; line < lines; ++line) __builtin_prefetch(upcoming + 64 * line, 0, 2);
+  unroll<kVectors>([&](int i) { out[i] = c[i]; });
+}
+
+// The largest magnitudes are kept for groups of so many atoms.
+constexpr int kGroup = 4 * kWords;
+static_assert(kAtomAlignment % kGroup == 0);
+
+/// Largest |c| of all atoms; maxima [padded_atoms / kGroup] are those of the groups, by lane.
+[[gnu::flatten]] inline int largest_correlation(const int16_t* correlations,
+                                                const Explained& explained, int64_t padded,
+                                                const Upcoming& upcoming, Bytes* maxima) {
+  Bytes largest = splat_word(0);
+  const auto keep = [&](const Bytes* c, int64_t n) {
+    const Bytes first = max_words(abs_words(c[0]), abs_words(c[1]));
+    const Bytes second = max_words(abs_words(c[2]), abs_words(c[3]));
+    const Bytes group = max_words(first, second);
+    maxima[n / kGroup] = group;
+    largest = max_words(largest, group);
+  };
+  int64_t n = 0;
+  for (; n + 2 * kGroup <= padded; n += 2 * kGroup) {
+    Bytes c[8];
+    explain(correlations, explained, n, upcoming.row + n * upcoming.stride,
+            2 * kGroup * upcoming.stride / 64, c);
+    keep(c, n);
+    keep(c + 4, n + kGroup);
+  }
+  if (n < padded) {
+    Bytes c[4];
+    explain(correlations, explained, n, nullptr, 0, c);
+    keep(c, n);
+  }
+  int16_t lanes[kWords];
+  store_bytes(lanes, largest);
+  int result = 0;
+  for (int i = 0; i < kWords; ++i) result = lanes[i] > result ? lanes[i] : result;
+  return result;
+}
+
+/// c_0 of `rows` <= kRows vectors of the norm kUnit, [kRows, head_dim].
+template <int kRows>
+inline void correlate_all(const EncodeParams& p, const int16_t* panels, const int16_t* words,
+                          int rows, int16_t* correlations) {
+  const int head_dim = static_cast<int>(p.head_dim);
+  const int64_t padded = padded_atoms(p.atoms);
+  const I32 half = splat_i32(1 << 15);
+  for (int64_t panel = 0; panel < num_panels(p.atoms); ++panel) {
+    for (int row = 0; row < rows; row += kRows) {
+      for (int atom = 0; atom < kPanelAtoms; atom += kTileAtoms) {
+        I32 acc[kRows][kChunks];
+        correlate_tile<kRows>(words + row * head_dim, head_dim, 2,
+                              panels + panel * head_dim * kPanelAtoms + 2 * atom, head_dim / 2,
+                              acc);
+        int16_t* const out = correlations + row * padded + panel * kPanelAtoms + atom;
+        for (int r = 0; r < kRows && row + r < rows; ++r) {
+          for (int c = 0; c < kChunks; ++c) {
+            store_words(out + r * padded + c * kLanes, (acc[r][c] + half) >> 16);
+          }
+        }
+      }
+    }
+  }
+}
+
+/// The base becomes the residual, of norm `norm`.
+inline void renew_base(const EncodeParams& p, const int16_t* panels, const float* residual,
+                       float norm, GramSearch& s) {
+  const int head_dim = static_cast<int>(p.head_dim);
+  int16_t words[kMaxHeadDim];
+  quantize_row(residual, head_dim, kUnit / norm, words);
+  correlate_all<1>(p, panels, words, 1, s.correlations);
+  memcpy(s.base, s.pursuit->values, s.pursuit->count * sizeof(double));
+  s.base_norm = norm;
+}
+
+/// Atoms that the most correlated one is among.
+struct Candidates {
+  static constexpr int kListed = 32;
+  int count = 0;  // may be more than are listed
+  int32_t atoms[kListed];
+
+  void add(int64_t atom) {
+    if (count < kListed) atoms[count] = static_cast<int32_t>(atom);
+    ++count;
+  }
+};
+
+/// Calls f(atom) for those whose |c| is above `below`.
+template <class F>
+[[gnu::flatten]] inline void for_largest(const GramSearch& s, const Explained& explained,
+                                         int64_t padded, const Bytes* maxima, int below,
+                                         const F& f) {
+  const Bytes bound = splat_word(below);
+  for (int64_t n = 0; n < padded; n += kGroup) {
+    if (!less_words(bound, maxima[n / kGroup])) continue;
+    Bytes c[4];
+    explain(s.correlations, explained, n, nullptr, 0, c);
+    for (int i = 0; i < 4; ++i) {
+      for (uint32_t bits = less_words(bound, abs_words(c[i])); bits;) {
+        const int word = __builtin_ctz(bits) / kWordBits;
+        f(n + i * kWords + word);
+        bits &= ~(((1u << kWordBits) - 1) << word * kWordBits);
+      }
+    }
+  }
+}
+
+/// The atom most correlated with the residual, and its product with it.
+inline Best search_gram(const EncodeParams& p, const int16_t* panels, GramSearch& s,
+                        const Upcoming& upcoming) {
+  const Pursuit& pursuit = *s.pursuit;
+  const int head_dim = static_cast<int>(p.head_dim), count = pursuit.count;
+  const int64_t padded = padded_atoms(p.atoms);
+  const float channels = rounding_of_channels(head_dim);
+  double magnitudes = __builtin_sqrt(pursuit.norm_squared);
+  for (int j = 0; j < count; ++j) magnitudes += __builtin_fabs(pursuit.values[j]);
+  const float floats = static_cast<float>(magnitudes) * float_error(count);
+
+  Bytes maxima[kMaxAtoms / kGroup];
+  float residual[kMaxHeadDim];
+  Explained explained;
+  int largest = 0, bound = 0;
+  bool fresh = count == 0;  // the base is the residual
+  while (true) {
+    // c is d . r kUnit^2 / (2^16 base_norm), and a product of words is one over 2^15.
+    bool fits = true;
+    explained.count = explained.sum = 0;
+    for (int j = 0; j < count && !fresh; ++j) {
+      const double value = (pursuit.values[j] - s.base[j]) * 0x1p14 / s.base_norm;
+      fits = fits && explained.add(s.rows[j], value);
+    }
+    if (fits) {
+      largest = largest_correlation(s.correlations, explained, padded, upcoming, maxima);
+      // c_0's rounding and its factors'; of each coefficient the product's rounding and its own
+      // times |G| <= 1; of G, which the coefficient multiplies, the rounding and an atom's; what
+      // fp32 adds. One more for the sum's own.
+      const float off = 0.5f + kUnit * channels + (fresh ? 0 : count) +
+                        explained.sum * (0x1p-16f + channels) + 0x1p14f * floats / s.base_norm;
+      bound = off < 16383 ? static_cast<int>(off) + 2 : 16384;
+    }
+    // As long as few atoms lie within the bound, they are cheaper than the base.
+    if (fresh || (fits && 8 * bound <= largest)) break;
+    compute_residual(p, pursuit, s.vector, residual);
+    const float norm = __builtin_sqrtf(dot(residual, residual, head_dim));
+    if (norm == 0) return {0, 0};
+    renew_base(p, panels, residual, norm, s);
+    fresh = true;
+  }
+
+  const int below = largest - 2 * bound > 0 ? largest - 2 * bound - 1 : -1;
+  Candidates candidates;
+  for_largest(s, explained, padded, maxima, below, [&](int64_t atom) { candidates.add(atom); });
+  // The atoms' rows come from memory while the residual is computed.
+  for (int i = 0; i < candidates.count && i < Candidates::kListed; ++i) {
+    const float* const row = p.dictionary + candidates.atoms[i] * p.head_dim;
+    for (int n = 0; n < head_dim; n += 16) __builtin_prefetch(row + n);
+  }
+  compute_residual(p, pursuit, s.vector, residual);
+  Best best;
+  if (candidates.count <= Candidates::kListed) {
+    for (int i = 0; i < candidates.count; ++i) best.look_at(p, residual, candidates.atoms[i]);
+  } else {
+    for_largest(s, explained, padded, maxima, below,
+                [&](int64_t atom) { best.look_at(p, residual, atom); });
+  }
+  return best;
+}
+
+}  // namespace kvcore::lexico::KVCORE_ISA

@@ -1,0 +1,113 @@
+"""lexico_encode on the CPU: one code from each search, on dictionaries that are hard to search."""
+
+import pytest
+import torch
+
+import kvcore
+from cases import F32, normal
+from compare import assert_bitwise_equal
+from kvcore.reference import lexico
+from lexico_cases import CODES, assert_same_codes, make_dictionary
+
+
+def unit(x):
+    return x / x.norm(dim=1, keepdim=True)
+
+
+def clustered(atoms, head_dim):
+    """Atoms around a few directions, products from 0.9 to 0.9999 within a cluster."""
+    centres = make_dictionary(8, head_dim, seed=30)
+    spread = torch.logspace(-2.5, -0.7, atoms)[:, None]
+    return unit(centres[torch.arange(atoms) % 8] + spread * normal(atoms, head_dim, seed=31))
+
+
+def duplicated(atoms, head_dim):
+    """Every atom three times, once negated."""
+    some = make_dictionary(-(-atoms // 3), head_dim, seed=32)
+    return torch.cat([some, -some, some])[:atoms].contiguous()
+
+
+def axes(atoms, head_dim):
+    """Atoms of one channel, whose integers are the largest, and what lies beside them."""
+    eye = torch.eye(head_dim)
+    beside = unit(eye + 1e-3 * normal(head_dim, head_dim, seed=33))
+    return torch.cat([eye, beside, make_dictionary(atoms, head_dim, seed=34)])[:atoms].contiguous()
+
+
+DICTIONARIES = {
+    "random": make_dictionary,
+    "clustered": clustered,
+    "duplicated": duplicated,
+    "axes": axes,
+}
+
+
+def each_search(x, dictionary, **arguments):
+    """Codes by products of residuals, by a given Gram matrix, and by one that the op computes."""
+    atoms, sparsity = len(dictionary), arguments["sparsity"]
+    few = max(1, atoms // sparsity - 1)
+    gram = dictionary @ dictionary.T
+    yield "residuals", kvcore.lexico_encode(x[:, :, :few], dictionary, **arguments)
+    yield "given", kvcore.lexico_encode(x[:, :, :few], dictionary, gram, **arguments)
+    copies = -(-(few + 1) // x.shape[2])
+    many = kvcore.lexico_encode(x.repeat(1, 1, copies, 1), dictionary, **arguments)
+    yield "computed", [y[:, :, : x.shape[2]].contiguous() for y in many]
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("kind", DICTIONARIES)
+@pytest.mark.parametrize(
+    ("atoms", "head_dim", "sparsity"), [(300, 64, 16), (130, 96, 40), (513, 128, 8), (257, 256, 64)]
+)
+def test_every_search_gives_the_same_bits(kind, atoms, head_dim, sparsity):
+    # Integers leave the candidates, the same fp32 products decide among them.
+    dictionary = DICTIONARIES[kind](atoms, head_dim)
+    x = normal(1, 1, 40, head_dim, seed=35)
+    # Vectors of few atoms, and nearly so: their residuals end at rounding.
+    weights = normal(20, 4, seed=36)
+    chosen = torch.randint(0, atoms, (20, 4), generator=torch.Generator().manual_seed(0))
+    x[0, 0, :20] = (weights[:, :, None] * dictionary[chosen]).sum(1)
+    x[0, 0, :10] += torch.logspace(-7, -2, 10)[:, None] * normal(10, head_dim, seed=37)
+    arguments = {"sparsity": sparsity, "dtype": F32}
+    found = dict(each_search(x, dictionary, **arguments))
+    for what in ("given", "computed"):
+        for y, e, name in zip(found[what], found["residuals"], CODES, strict=True):
+            n = min(y.shape[2], e.shape[2])
+            assert_bitwise_equal(
+                y[:, :, :n].contiguous(), e[:, :, :n].contiguous(), f"{what} {name}"
+            )
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("kind", ["random", "clustered"])
+@pytest.mark.parametrize("tolerance", [0.0, 0.02])
+def test_small_residuals_are_searched_as_well_as_large_ones(kind, tolerance):
+    # The residual falls to a thousandth of the vector: the products' base has to be renewed.
+    dictionary = DICTIONARIES[kind](200, 64)
+    weights = torch.logspace(0, -4, 12) * normal(60, 12, seed=38)
+    chosen = torch.stack(
+        [torch.randperm(200, generator=torch.Generator().manual_seed(i))[:12] for i in range(60)]
+    )
+    x = (weights[:, :, None] * dictionary[chosen]).sum(1)[None, None]
+    arguments = {"sparsity": 24, "tolerance": tolerance, "dtype": F32}
+    expected = lexico.lexico_encode(x, dictionary, **arguments)
+    for name, actual in each_search(x, dictionary, **arguments):
+        n = actual[0].shape[2]
+        part = [y[:, :, :n] for y in expected]
+        share = 0.95 if tolerance else 0.0
+        assert ((actual[3] - part[3]).abs() <= 1e-3 * part[3] + 1e-5).all(), name
+        assert_same_codes(actual, part, x[:, :, :n], dictionary, share)
+        # Up to where fp32 ends.
+        shared = (actual[0] == part[0]).int().cumprod(-1).sum(-1)
+        assert (shared >= 6).float().mean() >= 0.9, name
+
+
+@pytest.mark.isa
+def test_a_part_has_the_codes_of_the_whole():
+    # 300 vectors take another search than 7.
+    dictionary = clustered(300, 128)
+    x = normal(2, 1, 300, 128, seed=39)
+    whole = kvcore.lexico_encode(x, dictionary, sparsity=12, tolerance=0.1)
+    part = kvcore.lexico_encode(x[1:, :, 17:24], dictionary, sparsity=12, tolerance=0.1)
+    for a, b, name in zip(part, whole, CODES, strict=True):
+        assert_bitwise_equal(a, b[1:, :, 17:24].contiguous(), name)
