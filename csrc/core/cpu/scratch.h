@@ -1,6 +1,10 @@
 // Working memory of the CPU backends.
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdint>
 #include <cstdio>
 #include <initializer_list>
@@ -39,8 +43,17 @@ inline int64_t scratch_bytes(int64_t size, std::initializer_list<int64_t> sizes)
 
 // A cache line: a vector of 64 bytes that lies across two costs two reads.
 constexpr std::align_val_t kScratchAlignment{64};
+// What takes many pages takes huge ones where the system gives them: a fault for each of the small
+// ones, and a miss of the TLB for each row, cost more than what is computed in them.
+constexpr std::align_val_t kHugePage{2 << 20};
+constexpr int64_t kHugeBytes = 8 << 20;
+
+constexpr std::align_val_t scratch_alignment(int64_t bytes) {
+  return bytes >= kHugeBytes ? kHugePage : kScratchAlignment;
+}
 struct AlignedDelete {
-  void operator()(void* memory) const { ::operator delete(memory, kScratchAlignment); }
+  std::align_val_t alignment = kScratchAlignment;
+  void operator()(void* memory) const { ::operator delete(memory, alignment); }
 };
 
 }  // namespace detail
@@ -63,10 +76,14 @@ std::unique_ptr<T[], detail::AlignedDelete> make_aligned_scratch(
   static_assert(std::is_trivially_default_constructible_v<T> &&
                 std::is_trivially_destructible_v<T>);
   const int64_t bytes = detail::scratch_bytes(sizeof(T), sizes);
-  void* memory =
-      ::operator new(static_cast<size_t>(bytes), detail::kScratchAlignment, std::nothrow);
+  const std::align_val_t alignment = detail::scratch_alignment(bytes);
+  void* memory = ::operator new(static_cast<size_t>(bytes), alignment, std::nothrow);
   if (memory == nullptr) throw ScratchError(bytes);
-  return std::unique_ptr<T[], detail::AlignedDelete>(static_cast<T*>(memory));
+#if defined(__linux__)
+  // Advice: what it returns changes nothing.
+  if (bytes >= detail::kHugeBytes) madvise(memory, static_cast<size_t>(bytes), MADV_HUGEPAGE);
+#endif
+  return std::unique_ptr<T[], detail::AlignedDelete>(static_cast<T*>(memory), {alignment});
 }
 
 }  // namespace kvcore
