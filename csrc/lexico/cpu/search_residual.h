@@ -99,7 +99,7 @@ inline int32_t least_maximum(const EncodeParams& p, int32_t largest, float) {
 inline void search_residuals(const EncodeParams& p, const int16_t* panels, const float* residuals,
                              int rows, int32_t* maxima, Best* found) {
   const int head_dim = static_cast<int>(p.head_dim);
-  float norms[kRecomputeBlock];
+  float norms[kRecomputeBlock] = {};
   for (int row = 0; row < rows; ++row) {
     const float* const residual = residuals + row * head_dim;
     norms[row] = __builtin_sqrtf(dot(residual, residual, head_dim));
