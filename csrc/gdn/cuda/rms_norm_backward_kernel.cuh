@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBackwardCtas)
     float sum = 0.0f;
 #pragma unroll 1
     for (int channel = Group::first_channel(); channel < channels; channel += Group::kStep) {
-      ThreadChannels normed, d, w, dgate;
+      ThreadChannels normed, d, w, dgate{};
       load(channel, normed, d, w, dgate);
 #pragma unroll
       for (int c = 0; c < kThreadChannels; ++c) {
