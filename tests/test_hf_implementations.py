@@ -77,7 +77,7 @@ def test_layers_that_cannot_be_compressed_are_named():
     )
     with pytest.warns(RuntimeWarning, match="unsupported layer: a LinearAttentionAndFullAttention"):
         TurboCache(config)
-    assert kvcore.hf.fallback_reasons() == {"unsupported layer": 2}
+    assert kvcore.hf.fallback_reasons() == {"unsupported layer": 2, "nothing to compress": 1}
 
 
 @each_layer

@@ -78,6 +78,7 @@ KVCORE_MAP(FromUint, word(__uint2float_rn(a)))
 KVCORE_MAP(MaxFloat, word(fmaxf(x, y)) & ((x == 0 && y == 0) ? 0u : ~0u))
 KVCORE_MAP(MinFloat, word(fminf(x, y)) & ((x == 0 && y == 0) ? 0u : ~0u))
 KVCORE_MAP(RoundUp, word(ceilf(x)))
+KVCORE_MAP(QuietNan, word(quiet_nan()))
 KVCORE_MAP(RoundEven, word(rintf(x)))
 KVCORE_MAP(Dp4aSigned, word(__dp4a(static_cast<int>(a), static_cast<int>(b), static_cast<int>(c))))
 KVCORE_MAP(Dp4aUnsigned, __dp4a(a, b, c))
@@ -150,6 +151,7 @@ inline void arithmetic() {
   exact("byte_perm", map(words, BytePerm{}));
   exact("recompute", map(words, Recompute{}));
   exact("popc", map(words, Popcount{}));
+  exact("quiet_nan", map({0}, QuietNan{}));
   exact("clz", map(words, LeadingZeros{}));
   exact("ffs", map(words, FirstSet{}));
   exact("umulhi", map(words, MulHigh{}));
