@@ -104,10 +104,3 @@ def test_saving_fails_as_a_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
     with pytest.raises(OSError, match="cannot be written"):
         cache.save(tmp_path / "none" / "cache")
-
-
-def test_layers_without_a_format_are_named(tmp_path):
-    cache = TurboCache(MistralConfig(num_hidden_layers=1, head_dim=64, sliding_window=16),
-                       max_cache_len=64)  # fmt: skip
-    with pytest.raises(NotImplementedError, match="layer 0 is a StaticSlidingWindowLayer"):
-        cache.save(tmp_path / "cache")

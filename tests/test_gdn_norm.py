@@ -292,23 +292,14 @@ def test_long_rows():
 
 @pytest.mark.asan
 @each_backend
-def test_the_longest_rows_of_a_device(backend):
-    x, weight, gate = make_norm((1, 16384))
-    d_out = normal(1, 16384, seed=4)
+@pytest.mark.parametrize(("shape", "bound"), [((1, 16384), 1e-6), ((2100, 8), 2e-6)], ids=str)
+def test_the_longest_rows_and_many(backend, shape, bound):
+    """Many are more than a block, or than a CTA has warps: sums are merged."""
+    x, weight, gate = make_norm(shape)
+    d_out = normal(*shape, seed=4)
     actual = gradients(backend, d_out, x, weight, gate)
     for a, e, name in zip(actual, autograd(d_out, x, weight, gate), NAMES, strict=True):
-        assert_near(a, e, 1e-6, name)
-
-
-@pytest.mark.asan
-@each_backend
-def test_many_rows(backend):
-    """More than a block, or than a CTA has warps: sums are merged."""
-    x, weight, gate = make_norm((2100, 8))
-    d_out = normal(2100, 8, seed=4)
-    actual = gradients(backend, d_out, x, weight, gate)
-    for a, e, name in zip(actual, autograd(d_out, x, weight, gate), NAMES, strict=True):
-        assert_near(a, e, 2e-6, name)
+        assert_near(a, e, bound, name)
 
 
 def test_opcheck():

@@ -139,6 +139,21 @@ def test_tolerance(backend, dtype):
     assert 4 < used.min() < used.max() < 24
 
 
+@each_backend
+def test_codes_go_on_to_small_residuals(backend):
+    # What is left is known to more than the difference of two squares near 1.
+    dictionary = make_dictionary(200, 64)
+    weights = torch.logspace(0, -4, 12) * normal(8, 12, seed=9)
+    atoms = torch.stack([torch.arange(i, 200, 16)[:12] for i in range(8)])
+    x = (weights[:, :, None] * dictionary[atoms]).sum(1)[None, None]
+    residual = backend.ops.lexico_encode(
+        x.to(backend.device), dictionary.to(backend.device), sparsity=24, dtype=F32
+    )[3]
+    expected = lexico.lexico_encode(x, dictionary, sparsity=24, dtype=F32)[3]
+    assert expected.max() < 1e-5
+    assert_close(residual.cpu(), expected, rtol=0, atol=1e-6)
+
+
 def test_a_looser_tolerance_stops_earlier():
     # Each code begins with the atoms of the looser one, and none is longer than needed.
     x, dictionary = normal(1, 1, 50, 64, seed=8), make_dictionary(512, 64)

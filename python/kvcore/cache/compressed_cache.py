@@ -86,7 +86,8 @@ class CompressedCache(DynamicCache, abc.ABC):
         """Writes the cache to a safetensors file; spare room is left out.
 
         Raises:
-            NotImplementedError: if the model has layers with no file format.
+            NotImplementedError: if a layer has no file format, or records past states for
+                assisted decoding.
         """
         serialize.save(self, path)
 

@@ -7,7 +7,7 @@ import datetime
 import math
 import os
 import platform
-import subprocess
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,16 +128,12 @@ def pairs_table(model: dict[str, Any]) -> str:
     return aligned(lines)
 
 
-def _git(*words: str) -> str:
-    root = Path(__file__).resolve().parents[3]
-    if not (root / ".git").exists():  # an installed package has no commit
-        return ""
-    try:
-        return subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+def _commit() -> dict[str, Any]:
+    """What bench/ says of the checkout that the package lies in; an installed one has no commit."""
+    script = Path(__file__).resolve().parents[3] / "bench" / "commit.py"
+    if not script.is_file():
+        return {"commit": "", "modified": False}
+    return runpy.run_path(str(script))["describe"]()
 
 
 def setup() -> dict[str, Any]:
@@ -148,17 +144,7 @@ def setup() -> dict[str, Any]:
 
     return {
         "kvcore": kvcore.__version__,
-        "commit": _git("rev-parse", "HEAD"),
-        "modified": bool(
-            _git(
-                "status",
-                "--porcelain",
-                "--untracked-files=no",
-                "--",
-                ":/",
-                ":(top,exclude)bench/results",
-            )
-        ),
+        **_commit(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

@@ -39,8 +39,9 @@ def lexico_encode(
         x: ``[batch, heads, tokens, head_dim]``, fp32, fp16 or bf16, any strides.
         dictionary: fp32 ``[atoms, head_dim]``, at most 32,768 atoms of norm 1 (to 1e-4).
         gram: fp32 ``[atoms, atoms]``, ``dictionary @ dictionary.T``, or None. Only for speed: on
-            CPUs many vectors at once have it computed, few are encoded without it; on GPUs what is
-            given is looked up, and never computed.
+            CPUs calls of ``atoms / sparsity`` vectors and more compute their own in 16 bits and do
+            not read it (up to 8192 atoms), smaller ones are encoded without what is not given; on
+            GPUs what is given is looked up, and never computed.
         sparsity: atoms of a code, at most 64, head_dim and atoms.
         tolerance: stop earlier when the residual's norm is at most this times the vector's;
             0 always takes ``sparsity`` atoms (fewer only where they explain the vector exactly).
