@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from report import described, fastest_peer, is_ours, load, rate, table
+from report import described, fastest_peer, is_ours, load, rate, share, table
 
 WIDTHS = ("8 bit", "4 bit", "K4V2", "2 bit")
 
@@ -139,9 +139,9 @@ def demo(device: str) -> str:
     return "\n".join(table(header, list(rows.values())))
 
 
-def _cases(device: str, family: str) -> str:
-    """Each of our variants beside the fastest peer."""
-    result = load(device, family)
+def gdn(device: str) -> str:
+    """The gated delta rule's cases: each of our variants beside the fastest peer."""
+    result = load(device, "gdn")
     rows = []
     for case in result["cases"]:
         fastest = fastest_peer(case)
@@ -159,14 +159,49 @@ def _cases(device: str, family: str) -> str:
     return "\n".join([*table(header, rows), "", described(result), *_peers(result)])
 
 
-def gdn(device: str) -> str:
-    """The gated delta rule's cases."""
-    return _cases(device, "gdn")
+def _encode(result: dict) -> list[str]:
+    """Microseconds a vector, and how many times ours each peer takes."""
+    cases = [case for case in result["cases"] if case["name"].startswith("encode")]
+    names = list(
+        dict.fromkeys(n for case in cases for n in [*case["variants"], *case.get("absent", {})])
+    )
+    names.sort(key=is_ours)
+    rows = []
+    for case in cases:
+        variants, vectors = case["variants"], case["shape"]["vectors"]
+        cells = [case["name"]]
+        for name in names:
+            if name not in variants:
+                cells.append(case["absent"][name])
+                continue
+            seconds = variants[name]["median"]
+            times = seconds / variants["kvcore"]["median"]
+            ratio = "" if is_ours(name) else f", {times:.0f}x"
+            cells.append(f"{seconds / vectors * 1e6:,.1f}{ratio}")
+        rows.append(cells)
+    return table(["microseconds a vector", *names], rows)
+
+
+def _decode(result: dict) -> list[str]:
+    """Attention over codes: speed against the fastest peer, share of the limit of reading."""
+    cases = [case for case in result["cases"] if case["name"].startswith("decode")]
+    rows, columns = [], []
+    for case in cases:
+        ours = [name for name in case["variants"] if is_ours(name)]
+        # What a name ends with, the bytes of a vector, depends on the tokens.
+        columns = [name.split(", ")[1] for name in ours]
+        peer, *cells = _against(case, ours)
+        shares = (share(case, case["variants"][name], result["ceilings"]) for name in ours)
+        cells = [f"{cell} ({of_limit})" for cell, of_limit in zip(cells, shares, strict=True)]
+        rows.append([case["name"], peer, *cells])
+    return table(["cold: time, speed, share of the limit", "fastest peer", *columns], rows)
 
 
 def lexico(device: str) -> str:
     """The sparse codes' cases."""
-    return _cases(device, "lexico")
+    result = load(device, "lexico")
+    lines = [*_encode(result), "", *_decode(result)]
+    return "\n".join([*lines, "", described(result), *_peers(result)])
 
 
 def evaluation(device: str) -> str:

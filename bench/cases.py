@@ -34,12 +34,15 @@ class Task:
 
     ``work`` is a key of ``peers.registry.Peer.offers``, ``arrays`` its inputs by the names that
     adapters know, ``expected`` the result in fp32. ``state_bytes``: of states that are read.
+    ``units``: of the case's work, as a variant's. ``threads``: those of torch if None.
     """
 
     work: str
     arrays: Mapping[str, Tensor]
     expected: Tensor
     state_bytes: int = 0
+    units: float = 1.0
+    threads: int | None = None
 
 
 @dataclasses.dataclass

@@ -41,18 +41,30 @@ def fastest_peer(case: dict, key: str = "") -> str | None:
     return min(times, key=times.get, default=None)
 
 
+def _rate(case: dict, variant: dict) -> tuple[float, str] | None:
+    """Bytes or operations a second, in the unit of the ceilings."""
+    if variant["bytes_read"]:
+        return variant["bytes_read"] / variant["median"] / 1e9, "GB/s"
+    if case["operations"]:
+        return case["operations"] / variant["median"] / 1e12, "T(FL)OP/s"
+    return None
+
+
+def share(case: dict, variant: dict, ceilings: dict) -> str:
+    """The share of the machine's limit, if the variant is held against one."""
+    found, ceiling = _rate(case, variant), variant.get("ceiling")
+    if found is None or ceiling is None:
+        return ""
+    return f"{found[0] / ceilings[ceiling]['value']:.0%}"
+
+
 def rate(case: dict, variant: dict, ceilings: dict) -> str:
     """Bytes or operations a second, with the share of the machine's limit."""
-    if variant["bytes_read"]:
-        value, unit = variant["bytes_read"] / variant["median"] / 1e9, "GB/s"
-    elif case["operations"]:
-        value, unit = case["operations"] / variant["median"] / 1e12, "T(FL)OP/s"
-    else:
+    found, of_limit = _rate(case, variant), share(case, variant, ceilings)
+    if found is None:
         return ""
-    ceiling = variant.get("ceiling")
-    if ceiling is None:
-        return f"{value:.3g} {unit}"
-    return f"{value:.3g} {unit} ({value / ceilings[ceiling]['value']:.0%} of {ceiling})"
+    text = f"{found[0]:.3g} {found[1]}"
+    return f"{text} ({of_limit} of {variant['ceiling']})" if of_limit else text
 
 
 def case_rows(case: dict, ceilings: dict) -> list[list[str]]:

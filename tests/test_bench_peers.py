@@ -142,14 +142,16 @@ def test_installer_refuses_what_it_does_not_know(tmp_path, args):
 def test_choice_of_peers(folder):
     from peers.registry import choose
 
-    assert choose(None, "cpu") == ("ggml", "onnxruntime", "executorch", "vllm")
+    assert choose(None, "cpu") == ("ggml", "onnxruntime", "executorch", "vllm", "lexico")
     assert choose(None, "cuda") == ("fla", "flashinfer", "sageattention")
     assert choose("none", "cpu") == ()
     install(folder, "vllm")
     assert choose("vllm", "cpu") == ("vllm",)
     with pytest.raises(ValueError, match=r"ggml is not installed; bash bench/peers/install\.sh"):
         choose("all", "cpu")
-    with pytest.raises(ValueError, match="some of ggml, onnxruntime, executorch, vllm on cpu, got"):
+    with pytest.raises(
+        ValueError, match="some of ggml, onnxruntime, executorch, vllm, lexico on cpu, got"
+    ):
         choose("fla", "cpu")
 
 
@@ -297,7 +299,7 @@ def test_bytes_that_a_peer_stores(bench):
     assert PEERS["ggml"].offers["decode"]["ggml q4_0"].stored_bytes(k) == 2 * 8 * 64 * 4 * 18
 
 
-# ---- adapters for CUDA: the library is a stand-in on the CPU, what they pass to it is theirs
+# ---- adapters of what is not here: the library is a stand-in, what they pass to it is theirs
 
 
 @pytest.fixture
@@ -397,6 +399,30 @@ def test_the_adapter_of_sageattention_asks_for_what_the_case_expects(bench, adap
     task = turbo_cases._prefill(64, CPU)().task
     found = adapter("sageattention", "prefill", task.arrays, "sageattention", sageattn=sageattn)
     assert_within(found, task.expected, {"int8": 0.03})
+
+
+def pursuit_in_rows(columns, x, n_nonzero_coefs):
+    """Rows of a CSR matrix of 8-bit values, by scikit-learn."""
+    orthogonal_mp = pytest.importorskip("sklearn.linear_model").orthogonal_mp
+    assert (columns.shape[0], x.shape[0], columns.shape[1]) == (1, 1, x.shape[2])
+    codes = orthogonal_mp(columns[0].numpy(), x[0].T.numpy(), n_nonzero_coefs=n_nonzero_coefs)
+    codes = torch.from_numpy(codes.T)
+    row_starts = F.pad((codes != 0).sum(1).cumsum(0), (1, 0))
+    indices = codes.nonzero()[:, 1].short()
+    return row_starts.int(), indices, codes[codes != 0].to(torch.float8_e4m3fn)
+
+
+def test_the_adapter_of_lexico_asks_for_what_the_case_expects(bench, adapter, monkeypatch):
+    import lexico_cases
+
+    monkeypatch.setattr(lexico_cases, "ATOMS", 160)
+    task = lexico_cases._encode(4, 64).task
+    found = adapter("lexico", "encode", task.arrays, "lexico.omp", omp=pursuit_in_rows)
+    found = {name: torch.from_numpy(np.asarray(codes)) for name, codes in found.items()}
+    assert_within(found, task.expected, {"omp": 0.06})
+    assert (task.units, task.threads) == (1, 1)
+    with pytest.raises(ValueError, match="work must be encode, got 'decode'"):
+        adapter("lexico", "decode", task.arrays, "lexico.omp", omp=pursuit_in_rows)
 
 
 def test_results_of_any_kind_become_arrays(bench):

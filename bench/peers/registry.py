@@ -113,6 +113,11 @@ PEERS: dict[str, Peer] = {
             "gdn_decode": {_vllm_name(): Offer("bf16", _BF16)},
         },
     ),
+    "lexico": Peer(
+        "Lexico's published code: matching pursuit in torch",
+        "cpu",
+        {"encode": {"Lexico's published code": Offer("omp", _FP8)}},
+    ),
     "fla": Peer(
         "flash-linear-attention: gated delta rule in Triton",
         "cuda",
@@ -197,7 +202,7 @@ def _attach(
             case.absent |= dict.fromkeys(able[name], NOT_INSTALLED)
     if not present:
         return
-    threads = torch.get_num_threads()
+    threads = task.threads or torch.get_num_threads()
     # They shall see their own environment only, and as many threads as ours has.
     env = {"PYTHONPATH": "", "OMP_NUM_THREADS": str(threads)}
     with stored(task.arrays, _small(task)) as folder:
@@ -243,5 +248,5 @@ def _add(case: Case, task: Task, remote: Remote, name: str, offer: Offer) -> dic
     if seconds > MAX_CALL_SECONDS:
         return {name: f"not repeated: a call took {seconds:.0f} s"}
     num_bytes = offer.stored_bytes(task.arrays["k"]) if offer.bits else task.state_bytes
-    case.variants[name] = Variant(run, num_bytes, error, offer.ceiling)
+    case.variants[name] = Variant(run, num_bytes, error, offer.ceiling, task.units)
     return {}
