@@ -1,5 +1,5 @@
 // lexico_attention on CPUs: tables of the queries' products with K's atoms, then every unit through
-// its segments, then the merge, which multiplies the weights of V's atoms by V's atoms once.
+// its segments, then the merge and the products of the weights of V's atoms with V's atoms.
 #include <algorithm>
 #include <atomic>
 #include <limits>
@@ -26,6 +26,7 @@ struct Plan {
   int64_t tiles;            // units of a kv head
   int64_t num_segments;     // at most
   int64_t num_splits;       // partials of a unit: one for each segment, or one for all
+  int64_t chunks;           // of V's atoms
   int64_t num_units, wave;  // units at all and at a time
 };
 
@@ -40,7 +41,9 @@ Plan plan(const AttentionParams& p) {
   // With more rows than one unit takes, units are the parallel work.
   plan.num_splits = plan.tiles == 1 ? plan.num_segments : 1;
   plan.num_units = p.batch * p.kv_heads * plan.tiles;
-  const int64_t unit_bytes = 4 * plan.width * (p.k_atoms + plan.num_splits * p.v_atoms);
+  plan.chunks = (p.v_atoms + kAtomChunk - 1) / kAtomChunk;
+  const int64_t unit_bytes =
+      4 * plan.width * (p.k_atoms + plan.num_splits * p.v_atoms + plan.chunks * p.head_dim);
   plan.wave = std::clamp<int64_t>(kWaveBytes / unit_bytes, 1, plan.num_units);
   return plan;
 }
@@ -93,51 +96,54 @@ Segment make_segment(const AttentionParams& p, const Plan& plan, int64_t batch_i
                            std::to_string(keys ? p.k_atoms : p.v_atoms) + " atoms, got others");
 }
 
-/// Rounded up to where a row of a table lies in one cache line.
-float* align(float* memory) {
-  const uintptr_t address = reinterpret_cast<uintptr_t>(memory);
-  return reinterpret_cast<float*>((address + 63) & ~uintptr_t{63});
-}
-
 }  // namespace
 
 namespace backend {
 
 void attention(const AttentionParams& p) {
   const Plan work = plan(p);
-  const int64_t lanes =
-      (work.wave * work.width + kLaneMultiple - 1) / kLaneMultiple * kLaneMultiple;
+  const int64_t blocks = (work.wave * work.width + kQueryLanes - 1) / kQueryLanes;
+  const int64_t query_floats = blocks * kQueryLanes * p.head_dim;
   const int64_t num_partials = work.wave * work.num_splits;
-  const int64_t workers = max_workers(num_partials);
+  const int64_t units_at_once = kWeightLanes / work.width;
+  const int64_t max_tasks =
+      std::max(num_partials, work.chunks * ((work.wave + units_at_once - 1) / units_at_once));
+  const int64_t workers = max_workers(max_tasks);
   const int64_t score_rows = std::max<int64_t>(kBlockTokens, p.buffer_len);
-  constexpr int64_t kSlack = 16;  // floats, for align
-  const auto queries = make_scratch<float>({p.head_dim, lanes});
-  const auto table_memory = make_scratch<float>({work.wave * work.width * p.k_atoms + kSlack});
-  const auto atom_memory = make_scratch<float>({num_partials * work.width * p.v_atoms + kSlack});
-  const auto value_memory = make_scratch<float>({num_partials, work.width, p.head_dim});
-  const auto score_memory = make_scratch<float>({workers, score_rows + kSlack, work.width});
+  // Rows of tables, weights and scores lie within a cache line.
+  const auto queries = make_aligned_scratch<float>({query_floats});
+  const auto tables = make_aligned_scratch<float>({work.wave, work.width, p.k_atoms});
+  const auto atoms = make_aligned_scratch<float>({num_partials, work.width, p.v_atoms});
+  const auto buffered = make_scratch<float>({num_partials, work.width, p.head_dim});
+  const auto scores = make_aligned_scratch<float>({workers, score_rows, work.width});
+  const auto weights = make_aligned_scratch<float>({workers, kAtomSlice, kWeightLanes});
+  const auto values = make_aligned_scratch<float>({work.chunks, query_floats});
   const auto units = make_scratch<Unit>({work.wave});
   const auto partials = make_scratch<Partial>({num_partials});
-  float* const tables = align(table_memory.get());
-  float* const atoms = align(atom_memory.get());
-  float* const scores = align(score_memory.get());
+  const auto merged = make_scratch<Merged>({work.wave});
 
   auto* const load_queries = KVCORE_ISA_SELECT(load_queries_kernel);
   auto* const fill_tables = KVCORE_ISA_SELECT(tables_kernel);
   auto* const attend = KVCORE_ISA_SELECT(segment_kernel);
+  auto* const merge = KVCORE_ISA_SELECT(merge_kernel);
+  auto* const add_atoms = KVCORE_ISA_SELECT(values_kernel);
   auto* const finish = KVCORE_ISA_SELECT(finish_kernel);
 
   for (int64_t wave = 0; wave < work.num_units; wave += work.wave) {
     const int64_t count = std::min(work.wave, work.num_units - wave);
-    std::fill_n(queries.get(), p.head_dim * lanes, 0.0f);
+    std::fill_n(queries.get(), query_floats, 0.0f);
+    bool has_codes = p.num_blocks > 0;
     for (int64_t u = 0; u < count; ++u) {
       units[u] = make_unit(p, work, wave + u);
-      load_queries(p, units[u], work.width, u * work.width, lanes, queries.get());
+      has_codes = has_codes || p.tail_lens[units[u].batch_idx] > 0;
+      load_queries(p, units[u], work.width, u * work.width, queries.get());
     }
-    parallel_tasks((p.k_atoms + kAtomChunk - 1) / kAtomChunk, [&](int64_t task, int64_t) {
-      fill_tables(p, queries.get(), count, work.width, lanes, task * kAtomChunk,
-                  std::min((task + 1) * kAtomChunk, p.k_atoms), tables);
-    });
+    if (has_codes) {
+      parallel_tasks((p.k_atoms + kTableChunk - 1) / kTableChunk, [&](int64_t task, int64_t) {
+        fill_tables(p, queries.get(), count, work.width, task * kTableChunk,
+                    std::min((task + 1) * kTableChunk, p.k_atoms), tables.get());
+      });
+    }
 
     std::atomic<int64_t> failed{-1};  // segment and error of a failure
     parallel_tasks(count * work.num_splits, [&](int64_t task, int64_t worker) {
@@ -148,16 +154,19 @@ void attention(const AttentionParams& p) {
       std::fill_n(partial.sum, kMaxRows, 0.0f);
       std::fill_n(partial.poison, kMaxRows, 0.0f);
       partial.has_atoms = partial.has_values = false;
-      partial.atoms = atoms + task * work.width * p.v_atoms;
-      partial.values = &value_memory[task * work.width * p.head_dim];
-      const AttentionScratch scratch = {.scores = scores + worker * score_rows * work.width};
+      partial.atoms = &atoms[task * work.width * p.v_atoms];
+      partial.values = &buffered[task * work.width * p.head_dim];
+      const AttentionScratch scratch = {.scores = &scores[worker * score_rows * work.width]};
+      const int64_t lane = u * work.width;
+      const float* const own_queries =
+          &queries[lane / kQueryLanes * kQueryLanes * p.head_dim + lane % kQueryLanes];
       const int64_t first = work.num_splits == 1 ? 0 : split;
       const int64_t last = work.num_splits == 1 ? work.num_segments : split + 1;
       for (int64_t num = first; num < last; ++num) {
         const Segment segment = make_segment(p, work, unit.batch_idx, num);
         const SegmentError error =
-            attend(p, unit, segment, work.width, tables + u * work.width * p.k_atoms,
-                   &queries[u * work.width], lanes, scratch, partial);
+            attend(p, unit, segment, work.width, &tables[u * work.width * p.k_atoms], own_queries,
+                   scratch, partial);
         if (error != SegmentError::kNone) {
           failed = (num * p.batch + unit.batch_idx) * 4 + static_cast<int64_t>(error);
           return;
@@ -169,8 +178,22 @@ void attention(const AttentionParams& p) {
       fail(p, make_segment(p, work, code / 4 % p.batch, code / 4 / p.batch),
            static_cast<SegmentError>(code % 4));
     }
+
     parallel_tasks(count, [&](int64_t u, int64_t) {
-      finish(p, units[u], work.width, &partials[u * work.num_splits], work.num_splits);
+      merged[u] = merge(work.width, &partials[u * work.num_splits], work.num_splits);
+    });
+    const int64_t groups = (count + units_at_once - 1) / units_at_once;
+    parallel_tasks(has_codes ? work.chunks * groups : 0, [&](int64_t task, int64_t worker) {
+      const int64_t chunk = task / groups, u = task % groups * units_at_once;
+      add_atoms(p, work.width, &partials[u * work.num_splits], work.num_splits,
+                std::min(units_at_once, count - u), chunk * kAtomChunk,
+                std::min((chunk + 1) * kAtomChunk, p.v_atoms),
+                &weights[worker * kAtomSlice * kWeightLanes],
+                &values[chunk * query_floats + u * work.width * p.head_dim]);
+    });
+    parallel_tasks(count, [&](int64_t u, int64_t) {
+      finish(p, units[u], work.width, merged[u], &partials[u * work.num_splits], work.num_splits,
+             &values[u * work.width * p.head_dim], has_codes ? work.chunks : 0, query_floats);
     });
   }
 }

@@ -14,9 +14,8 @@ struct SegmentInput {
   const Unit& unit;
   const Segment& segment;
   const float* table;    // [k_atoms, width]
-  const float* queries;  // [head_dim, lanes], the unit's lanes first
-  int64_t lanes;
-  float* scores;  // [tokens, width]
+  const float* queries;  // [head_dim, kQueryLanes], the unit's lanes first
+  float* scores;         // [tokens, width]
 };
 
 /// int8 coefficients to fp32, kLanes at a time.
@@ -171,7 +170,7 @@ struct SegmentPass {
       Row sums[4] = {};
       for (int i = 0; i < head_dim; i += 4) {
         for (int k = 0; k < 4; ++k) {
-          sums[k] += *reinterpret_cast<const Row*>(in.queries + (i + k) * in.lanes) * key[i + k];
+          sums[k] += *reinterpret_cast<const Row*>(in.queries + (i + k) * kQueryLanes) * key[i + k];
         }
       }
       // NaN for a key that is not finite, whose score might be -inf.
