@@ -63,9 +63,9 @@ template <int kVectors>
       c[i] = sub_words(c[i], mul_high_words(value, load_bytes(row + i * kWords)));
     });
     // One at a time: a burst of misses would hold up the loads of the rows.
-    if (line < lines) __builtin_prefetch(upcoming + 64 * line++, 0, 2);
+    if (line < lines) __builtin_prefetch(upcoming + 64 * line++);
   }
-  for (; line < lines; ++line) __builtin_prefetch(upcoming + 64 * line, 0, 2);
+  for (; line < lines; ++line) __builtin_prefetch(upcoming + 64 * line);
   unroll<kVectors>([&](int i) { out[i] = c[i]; });
 }
 
@@ -160,7 +160,14 @@ template <class F>
                                          const F& f) {
   const Bytes bound = splat_word(below);
   for (int64_t n = 0; n < padded; n += kGroup) {
-    if (!less_words(bound, maxima[n / kGroup])) continue;
+    const Bytes* const group = maxima + n / kGroup;
+    if (n % (4 * kGroup) == 0 && n + 4 * kGroup <= padded &&
+        !less_words(bound,
+                    max_words(max_words(group[0], group[1]), max_words(group[2], group[3])))) {
+      n += 3 * kGroup;
+      continue;
+    }
+    if (!less_words(bound, *group)) continue;
     Bytes c[4];
     explain(s.correlations, explained, n, nullptr, 0, c);
     for (int i = 0; i < 4; ++i) {
@@ -173,7 +180,8 @@ template <class F>
   }
 }
 
-/// The atom most correlated with the residual, and its product with it.
+/// The atom most correlated with the residual, and its product with it, or a lower bound of that
+/// which is not negligible.
 inline Best search_gram(const EncodeParams& p, const int16_t* panels, GramSearch& s,
                         const Upcoming& upcoming) {
   const Pursuit& pursuit = *s.pursuit;
@@ -218,10 +226,15 @@ inline Best search_gram(const EncodeParams& p, const int16_t* panels, GramSearch
   const int below = largest - 2 * bound > 0 ? largest - 2 * bound - 1 : -1;
   Candidates candidates;
   for_largest(s, explained, padded, maxima, below, [&](int64_t atom) { candidates.add(atom); });
-  // The atoms' rows come from memory while the residual is computed.
+  // The atoms' rows come from memory while the residual is computed, or the atom is selected.
   for (int i = 0; i < candidates.count && i < Candidates::kListed; ++i) {
     const float* const row = p.dictionary + candidates.atoms[i] * p.head_dim;
     for (int n = 0; n < head_dim; n += 16) __builtin_prefetch(row + n);
+  }
+  if (candidates.count == 1) {
+    // Nothing is left to decide but whether the product is too small to go on: mostly it is not.
+    const float least = static_cast<float>(largest - bound) * 0x1p-14f * s.base_norm;
+    if (!is_negligible(pursuit, least)) return {least, candidates.atoms[0]};
   }
   compute_residual(p, pursuit, s.vector, residual);
   Best best;
