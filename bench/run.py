@@ -132,6 +132,7 @@ def merged(old: dict, new: dict) -> dict:
     return {**new, "cases": cases, "ceilings": ceilings, "peers": peers}
 
 
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -170,9 +171,10 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     seconds = args.seconds or (QUICK_SECONDS if args.quick else CASE_SECONDS)
-    torch.set_grad_enabled(False)
+    found = False
     for family in FAMILIES if args.family == "all" else [args.family]:
         result = run_family(family, args.quick, args.cases, rounds, device, peers, seconds)
+        found = found or bool(result["cases"]) or "interrupted" in result
         out = args.out
         if out is None and not args.quick and not args.cases:
             out = RESULTS / machine.slug(result["machine"])
@@ -183,6 +185,8 @@ def main() -> None:
                 result = merged(json.loads(path.read_text()), result)
             path.write_text(json.dumps(result, indent=1) + "\n")
             print(f"\n{path}")
+    if not found:
+        parser.error(f"--cases must be part of a case's name, got {args.cases!r}")
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def test_every_case_passes_its_check_and_runs(bench):
         cases._checked("case", float("nan"), 0.1)
 
 
-def test_a_case_that_is_not_asked_for_is_not_built(bench, monkeypatch):
+def test_a_case_that_is_not_asked_for_is_not_built(bench, monkeypatch, capsys):
     import run
 
     import cases
@@ -105,6 +105,10 @@ def test_a_case_that_is_not_asked_for_is_not_built(bench, monkeypatch):
     monkeypatch.setattr(run, "CacheFlusher", lambda device: lambda: None)
     result = run.run_family("turbo", True, "decode", 3, torch.device("cpu"))
     assert [case["name"] for case in result["cases"]] == ["decode, 64 tokens"]
+    monkeypatch.setattr(sys, "argv", ["run.py", "--family", "turbo", "--cases", "prefill"])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert "--cases must be part of a case's name, got 'prefill'" in capsys.readouterr().err
 
 
 def test_gdns_cases_pass_their_checks_and_run(bench, monkeypatch):

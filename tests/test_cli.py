@@ -166,6 +166,8 @@ def test_doctor_model(checkpoint, tmp_path, capsys):
 
 def test_doctor_mistakes(checkpoint, prompt_file, tmp_path, capsys):
     assert _fails(capsys, "doctor", "--text", prompt_file) == "kvcore doctor: --text needs --model"
+    for option, value in (("--max-tokens", "300"), ("--dtype", "float16"), ("--device", "cuda")):
+        assert _fails(capsys, "doctor", option, value) == f"kvcore doctor: {option} needs --model"
     line = _fails(capsys, "doctor", "--model", checkpoint, "--text", prompt_file)
     assert "the text must have at least 256 tokens" in line
     line = _fails(capsys, "doctor", "--model", checkpoint, "--text", "no/such/file")
@@ -280,6 +282,9 @@ def test_generate_chat_template(checkpoint, capsys):
         (["--prompt", "x", "--v-tolerance", "1"], "--v-tolerance must be in [0, 1), got 1.0"),
         (["--prompt", "x", "--buffer-tokens", "-1"], "--buffer-tokens must be an int in [0, "),
         (["--prompt", "x", "--cache", "lexico"], "dictionaries: there are none in "),
+        (["--prompt", "x", "--k-sparsity", "4"], "--k-sparsity needs --cache lexico"),
+        (["--prompt", "x", "--cache", "full", "--v-bits", "2"], "--v-bits needs --cache turbo"),
+        (["--prompt", "x", "--cache", "lexico", "--no-mean"], "--no-mean needs --cache turbo"),
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "x" * 3000], "exceed the 512 positions"),
         (["--prompt", "x", "--temperature", "-1"], "temperature must be at least 0, got -1.0"),

@@ -320,6 +320,12 @@ def test_without_matplotlib(tmp_path, monkeypatch, capsys):
     assert plots.NO_MATPLOTLIB in capsys.readouterr().out
 
 
+def test_lists_are_of_integers(capsys):
+    with pytest.raises(SystemExit):
+        _eval("--model", "control", "--lengths", "1,x")
+    assert "--lengths: must be integers with commas, got '1,x'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kvcore
-from cases import BF16, DTYPES, F16, F32, each_backend, normal
+from cases import BF16, CPU, DTYPES, F16, F32, each_backend, normal
 from compare import assert_bitwise_equal
 from gdn_cases import assert_near, doubles
 from kvcore.reference import gdn as reference
@@ -190,6 +190,17 @@ def test_noncontiguous(shape, backend):
                 grads = gradients(backend, d, other, torch.stack([weight] * 2, 1)[:, 0], g)
                 for a, e in zip(grads, expected_grads, strict=True):
                     assert_bitwise_equal(a, e, name)
+
+
+@pytest.mark.isa
+def test_blocks_of_rows_begin_in_any_batch_and_head():
+    shape = (3, 5, 300, 8)
+    x, weight, gate = make_norm(shape)
+    d_out = normal(*shape, seed=4)
+    expected = gradients(CPU, d_out, x, weight, gate)
+    other = gradients(CPU, d_out, layouts_of(x)["reversed"], weight, gate)
+    for a, e, name in zip(other, expected, NAMES, strict=True):
+        assert_bitwise_equal(a, e, name)
 
 
 @each_backend

@@ -1,10 +1,12 @@
 """lexico_encode on the CPU: one code from each search, on dictionaries that are hard to search."""
 
+import math
+
 import pytest
 import torch
 
 import kvcore
-from cases import F32, normal
+from cases import F32, HEAD_DIMS, normal
 from compare import assert_bitwise_equal
 from kvcore.reference import lexico
 from lexico_cases import CODES, assert_same_codes, make_dictionary
@@ -100,6 +102,60 @@ def test_small_residuals_are_searched_as_well_as_large_ones(kind, tolerance):
         # Up to where fp32 ends.
         shared = (actual[0] == part[0]).int().cumprod(-1).sum(-1)
         assert (shared >= 6).float().mean() >= 0.9, name
+
+
+def worst_rounding(head_dim, unit=32750):
+    """A vector and two atoms in units of the integers that the searches round them to: each channel
+    lies next to the middle of two, and is rounded to where the worse atom, the first one, gains.
+
+    Of two products in integers that one is then the larger by nearly all that the bound allows.
+    """
+    rest = head_dim - 2
+    step = math.floor(unit / math.sqrt(head_dim))
+    # What is left of the norm is in the last two channels.
+    last = math.sqrt((unit**2 - rest * (step + 0.5) ** 2) / 2)
+    up = torch.arange(rest) % 2 == 0
+    x = torch.cat([step + torch.where(up, 0.51, 0.49), torch.tensor([last, last])]).double()
+    # Along what rounding adds to the vector, and rounded up: so all that is added is a gain.
+    worse = torch.where(up, step + 0.51, -step - 0.49).double()
+    better = torch.where(up, -step - 0.51, step + 0.49).double()
+    atoms = [torch.cat([y, torch.tensor([last, -last])]) for y in (worse, better)]
+    for atom, wanted in zip(atoms, (5e5, 5.1e5), strict=True):
+        atom[-2:] += (wanted - atom @ x) / (2 * last)
+    return x / unit, torch.stack(atoms) / unit
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_no_rounding_hides_the_best_atom(head_dim):
+    x, atoms = worst_rounding(head_dim)
+    # Others are far from the vector, but there have to be some for a search by residuals.
+    others = unit(normal(62, head_dim, seed=40)).double()
+    others = unit(others - (others @ x)[:, None] * x / (x @ x))
+    dictionary = torch.cat([atoms, others]).float()
+    products = dictionary.double() @ x.float().double()
+    assert products.abs().argmax() == 1
+    for name, codes in each_search(x.float()[None, None, None], dictionary, sparsity=1, dtype=F32):
+        assert codes[0].flatten()[0] == 1, name
+
+
+@pytest.mark.isa
+def test_what_no_atom_explains_hides_no_atom():
+    """Nearly all of the vectors is orthogonal to all atoms, so the products' base is renewed while
+    the coefficients are as small as what is left to find."""
+    head_dim, atoms = 64, 128
+    some = normal(atoms, head_dim, seed=41)
+    some[:, 40:] = 0
+    dictionary = unit(some)
+    x = 0.02 * normal(1, 1, 40, head_dim, seed=42)
+    x[..., 40:] *= 50
+    arguments = {"sparsity": 20, "dtype": F32}
+    expected = lexico.lexico_encode(x, dictionary, **arguments)
+    for name, actual in each_search(x, dictionary, **arguments):
+        n = actual[0].shape[2]
+        part = [y[:, :, :n] for y in expected]
+        assert_same_codes(actual, part, x[:, :, :n], dictionary, 0.95)
+        assert (actual[0] == part[0]).float().mean() > 0.99, name
 
 
 @pytest.mark.isa

@@ -16,6 +16,13 @@ class UserError(Exception):
     """A mistake in the call: reported in one line, without a traceback."""
 
 
+def refuse_given(args: argparse.Namespace, options: list[argparse.Action], needed: str) -> None:
+    """Of options that mean something with ``needed`` alone, none may differ from its default."""
+    for option in options:
+        if getattr(args, option.dest) != option.default:
+            raise UserError(f"{option.option_strings[0]} needs {needed}")
+
+
 def write_json(path: str, value: Any) -> None:
     text = json.dumps(value, indent=2) + "\n"
     if path == "-":
@@ -87,14 +94,16 @@ def load_model(name: str, **kwargs: Any) -> Any:
         raise UserError(str(error)) from error
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        metavar="DTYPE",
-        help="auto (as stored; float32 for the shipped models), float32, bfloat16 or float16",
-    )
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+def add_model_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    return [
+        parser.add_argument(
+            "--dtype",
+            default="auto",
+            metavar="DTYPE",
+            help="auto (as stored; float32 for the shipped models), float32, bfloat16 or float16",
+        ),
+        parser.add_argument("--device", default="cpu", help="cpu (default) or cuda"),
+    ]
 
 
 def read_texts(paths: list[str]) -> tuple[list[str], str]:

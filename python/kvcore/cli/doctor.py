@@ -11,6 +11,7 @@ from kvcore.cli.common import (
     add_model_options,
     load_model,
     read_text,
+    refuse_given,
     write_json,
 )
 
@@ -18,8 +19,8 @@ from kvcore.cli.common import (
 def _doctor(args: argparse.Namespace) -> int:
     from kvcore import doctor
 
-    if args.text is not None and args.model is None:
-        raise UserError("--text needs --model")
+    if args.model is None:
+        refuse_given(args, args.of_model, "--model")
     text = read_text(args.text) if args.text is not None else None
     diagnosis = doctor.diagnose()
     if args.model is not None:
@@ -45,12 +46,12 @@ def add_doctor(commands: Any) -> None:
         "attention at each bit width. Exit code 1 if an op fails.",
     )
     parser.add_argument("--model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument(
+    text = parser.add_argument(
         "--text", metavar="FILE", help="text to run the model on (default: a source file of Python)"
     )
-    parser.add_argument(
+    max_tokens = parser.add_argument(
         "--max-tokens", type=int, default=1024, metavar="N", help="of that text (default 1024)"
     )
-    add_model_options(parser)
+    of_model = [text, max_tokens, *add_model_options(parser)]
     parser.add_argument("--json", metavar="FILE", help="write the findings there; - prints them")
-    parser.set_defaults(run=_doctor)
+    parser.set_defaults(run=_doctor, of_model=of_model)

@@ -14,6 +14,7 @@ from kvcore.cli.common import (
     check_isa,
     load_model,
     read_text,
+    refuse_given,
 )
 
 
@@ -28,6 +29,9 @@ def _generate(args: argparse.Namespace) -> int:
         # The settings' names are the options'.
         name, _, rest = str(error).split(": ", 1)[-1].partition(" ")
         raise UserError(f"--{name.replace('_', '-')} {rest}") from error
+    for kind, options in args.of_cache.items():
+        if kind != args.cache:
+            refuse_given(args, options, f"--cache {kind}")
     check_isa()
     text = args.prompt if args.prompt is not None else read_text(args.prompt_file)
     loaded = load_model(args.model, dtype=args.dtype, device=args.device, chat=args.chat)
@@ -88,37 +92,56 @@ def add_generate(commands: Any) -> None:
         "--temperature", type=float, default=0.0, metavar="T", help="default 0: most likely token"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
-    cache = parser.add_argument_group("cache")
-    cache.add_argument(
+    parser.add_argument(
         "--cache", default="turbo", metavar="KIND", help="turbo (default), lexico or full"
     )
-    for name in ("k", "v"):
+    cache = parser.add_argument_group("cache, with --cache turbo")
+    turbo = [
         cache.add_argument(
             f"--{name}-bits", type=int, default=4, metavar="B", help="8, 4 (default) or 2"
         )
-    cache.add_argument(
-        "--sink-pages", type=int, default=1, metavar="N", help="first pages of 64 tokens at 8 bit"
-    )
-    cache.add_argument(
-        "--low-bit-heads", type=float, default=0.0, metavar="F", help="share of kv heads at 2 bit"
-    )
-    cache.add_argument(
-        "--no-balance", dest="balance", action="store_false", help="no per-channel balance of K"
-    )
-    cache.add_argument(
-        "--no-mean", dest="subtract_mean", action="store_false", help="keep the channel mean in K"
-    )
+        for name in ("k", "v")
+    ]
+    turbo += [
+        cache.add_argument(
+            "--sink-pages",
+            type=int,
+            default=1,
+            metavar="N",
+            help="first pages of 64 tokens at 8 bit (default 1)",
+        ),
+        cache.add_argument(
+            "--low-bit-heads",
+            type=float,
+            default=0.0,
+            metavar="F",
+            help="share of kv heads at 2 bit (default 0)",
+        ),
+        cache.add_argument(
+            "--no-balance", dest="balance", action="store_false", help="no per-channel balance of K"
+        ),
+        cache.add_argument(
+            "--no-mean",
+            dest="subtract_mean",
+            action="store_false",
+            help="keep the channel mean in K",
+        ),
+    ]
     codes = parser.add_argument_group("cache, with --cache lexico")
-    codes.add_argument(
-        "--dictionaries",
-        metavar="PATH",
-        help="what train-dictionary made (default: beside the model's weights)",
-    )
-    for name in ("k", "v"):
+    lexico = [
+        codes.add_argument(
+            "--dictionaries",
+            metavar="PATH",
+            help="what train-dictionary made (default: beside the model's weights)",
+        )
+    ]
+    lexico += [
         codes.add_argument(
             f"--{name}-sparsity", type=int, metavar="N", help="atoms of a code (default as trained)"
         )
-    for name in ("k", "v"):
+        for name in ("k", "v")
+    ]
+    lexico += [
         codes.add_argument(
             f"--{name}-tolerance",
             type=float,
@@ -126,11 +149,23 @@ def add_generate(commands: Any) -> None:
             metavar="T",
             help="relative error at which a code may end sooner (default 0)",
         )
-    codes.add_argument(
-        "--buffer-tokens", type=int, default=128, metavar="N", help="newest ones kept (default 128)"
-    )
-    codes.add_argument(
-        "--encode-tokens", type=int, default=32, metavar="N", help="coded together (default 32)"
-    )
+        for name in ("k", "v")
+    ]
+    lexico += [
+        codes.add_argument(
+            "--buffer-tokens",
+            type=int,
+            default=128,
+            metavar="N",
+            help="newest ones kept (default 128)",
+        ),
+        codes.add_argument(
+            "--encode-tokens",
+            type=int,
+            default=32,
+            metavar="N",
+            help="coded together (default 32)",
+        ),
+    ]
     add_model_options(parser)
-    parser.set_defaults(run=_generate)
+    parser.set_defaults(run=_generate, of_cache={"turbo": turbo, "lexico": lexico})

@@ -23,7 +23,10 @@ _LISTS = {"lengths": "tokens of prompts with needles", "pairs": "numbers of pair
 
 
 def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(","))
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be integers with commas, got {text!r}") from None
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
