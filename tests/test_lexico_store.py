@@ -148,6 +148,10 @@ def test_seal_counts_an_atoms_pairs():
             assert int(blocks[1][0, 0, 8192 + 34 : 8192 + 36].view(torch.uint16)) == (
                 4096 * sparsity - spare
             )
+            sizes = {"k_sparsity": 1, "v_sparsity": sparsity, "v_atoms": 60}
+            opened = kvcore.lexico_unseal(*blocks, **sizes)
+            for a, e in zip(opened, lexico.lexico_unseal(*blocks, **sizes), strict=True):
+                assert_bitwise_equal(a, e)
             continue
         with pytest.raises(RuntimeError) as caught:
             kvcore.lexico_seal(*store[:2], v_atoms=60)

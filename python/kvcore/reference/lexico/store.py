@@ -137,7 +137,7 @@ def _unseal_v(block: Tensor, tail: Tensor, atoms: int) -> None:
     indices, coefficients, scale = _parts(tail)
     sizes = [2 * BLOCK_TOKENS, 2 * atoms]
     scale.copy_(block[: sizes[0]].clone().view(torch.float16).view_as(scale))
-    counts = block[sizes[0] : sum(sizes)].clone().view(torch.int16).long()
+    counts = block[sizes[0] : sum(sizes)].clone().view(torch.int16).long() & 0xFFFF
     pairs = int(counts.sum())
     begin = sum(sizes)
     tokens = block[begin : begin + 2 * pairs].clone().view(torch.int16).tolist()
