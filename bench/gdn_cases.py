@@ -148,7 +148,7 @@ def _decode(batch: int, device: torch.device) -> Case:
 def _train(rows: int) -> Case:
     """A step of `python -m kvcore.demo.train --model hybrid` on its longest rows, all of it."""
     from kvcore.demo import data, train
-    from kvcore.demo.fast_gdn import fast_gdn
+    from kvcore.demo.fast import fast
 
     corpus = data.read_corpus(data.source_files(held_out=False))
     stage = next(i for i, s in enumerate(train.STAGES) if s.length == 2304 and s.rows == rows)
@@ -166,8 +166,9 @@ def _train(rows: int) -> Case:
             return runs[TORCH].step(corpus)[0]
 
     def ours():
-        with torch.enable_grad(), fast_gdn():
-            return runs["kvcore"].step(corpus)[0]
+        run = runs["kvcore"]
+        with torch.enable_grad(), fast(run.model):
+            return run.step(corpus)[0]
 
     # The first step is the same one: bits per byte before training.
     expected = theirs()

@@ -100,6 +100,15 @@ STABLE_TORCH_LIBRARY(KVCORE_LIBRARY, m) {
       "Tensor? gate=None, *, float weight_offset=0.0) "
       "-> (Tensor dx, Tensor dweight, Tensor dgate)");
 
+  // ---- dense: exact attention
+  m.def(
+      "dense_attention(Tensor q, Tensor k, Tensor v, *, bool causal=False, float? scale=None) "
+      "-> (Tensor out, Tensor lse)");
+  m.def(
+      "dense_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, "
+      "Tensor lse, Tensor? d_lse=None, *, bool causal=False, float? scale=None) "
+      "-> (Tensor dq, Tensor dk, Tensor dv)");
+
   // ---- lexico: the store of codes
   m.def(
       "lexico_append(Tensor k_indices, Tensor k_coefficients, Tensor k_scale, Tensor v_indices, "

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from kvcore.cache import Dictionaries
 from kvcore.demo import data, models, tasks, train_dictionaries
-from kvcore.demo.fast_gdn import fast_gdn
+from kvcore.demo.fast import fast
 from kvcore.eval.recording import recording
 
 # Of K and V on held-out text, codes of 8 atoms. The largest are 0.105 and 0.054.
@@ -80,7 +80,7 @@ def test_codes_are_near_keys_and_values_of_held_out_text(name):
             error = (rebuilt - x).square().sum() / x.square().sum()
             errors[kind, module.layer_idx] = error.item()
 
-    with torch.no_grad(), fast_gdn(), recording(model, record):
+    with torch.no_grad(), fast(model), recording(model, record):
         model(input_ids=tokens, use_cache=False)
     assert sorted(errors) == [(kind, layer) for kind in "kv" for layer in made.layers]
     largest = {kind: max(e for (k, _), e in errors.items() if k == kind) for kind in "kv"}

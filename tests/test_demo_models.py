@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors")
 
-from kvcore.demo import data, fast_gdn, induction, models, scaffold, tasks, train  # noqa: E402
+import kvcore.hf  # noqa: E402
+from kvcore.demo import data, induction, models, scaffold, tasks, train  # noqa: E402
+from kvcore.demo.fast import fast  # noqa: E402
 
 MIB = 2**20
 
@@ -296,30 +298,38 @@ def test_training_row_rejects():
 # ---- training
 
 
-def test_fast_gdn_is_undone():
+def test_fast_models_are_restored():
     from transformers.models.qwen3_next import modeling_qwen3_next as modeling
 
-    before = modeling.torch_chunk_gated_delta_rule
-    with fast_gdn.fast_gdn():
+    before, model = modeling.torch_chunk_gated_delta_rule, models.build("hybrid")
+    with fast(model):
         assert modeling.torch_chunk_gated_delta_rule is not before
+        with fast(model):  # leaves it to the outer block
+            pass
+        assert kvcore.hf.is_enabled(model)
     assert modeling.torch_chunk_gated_delta_rule is before
-    with pytest.raises(KeyError), fast_gdn.fast_gdn():
+    with pytest.raises(KeyError), fast(model):
         raise KeyError
     assert modeling.torch_chunk_gated_delta_rule is before
+    assert not kvcore.hf.is_enabled(model)
+    assert model.config._attn_implementation == "sdpa"
 
 
-def test_fast_gdn_trains_the_same_model():
+@pytest.mark.parametrize("name", models.NAMES)
+def test_fast_models_train_the_same(name):
     tokens = torch.randint(0, models.VOCAB_SIZE, (2, 150))
 
-    def gradients():
+    def make():
         torch.manual_seed(0)
-        model = models.build("hybrid").train()
+        return models.build(name).train()
+
+    def gradients(model):
         model(tokens, labels=tokens).loss.backward()
         return [p.grad for p in model.parameters()]
 
-    expected = gradients()
-    with fast_gdn.fast_gdn():
-        actual = gradients()
+    expected, model = gradients(make()), make()
+    with fast(model):
+        actual = gradients(model)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-5)
 

@@ -195,7 +195,7 @@ LAYERS = {
     "distributed": {"ops"},
     "reference": {"reference"},
     "cache": {"cache", "ops", "_native", "_C"},
-    "hf": {"hf", "cache", "ops", "_native"},
+    "hf": {"hf", "cache", "ops", "_native", "_C"},
     "eval": {"eval", "hf", "cache", "ops", "reference", "_native"},
     "lexico_training": {"lexico_training", "eval", "hf", "cache", "ops"},
     "demo": {"demo", "lexico_training", "eval", "hf", "cache", "ops", "_native"},

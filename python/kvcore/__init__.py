@@ -13,6 +13,7 @@ _native.load()
 
 from kvcore import ops  # noqa: E402  (needs the schemas)
 from kvcore.ops import *  # noqa: E402, F403
+from kvcore.ops import dense_autograd as _dense_autograd  # noqa: E402, F401  (fakes, backwards)
 from kvcore.ops import fake as _fake  # noqa: E402, F401  (registers the fake kernels)
 from kvcore.ops import gdn_autograd as _gdn_autograd  # noqa: E402, F401  (and backwards)
 

@@ -44,9 +44,12 @@ struct Bf16Operand {
   /// Rounds n values (a multiple of 16) to nearest even; below 2^-126 to 0, as products take them.
   static void narrow(const float* x, int n, BFloat16* out) {
     for (int i = 0; i < n; i += kLanes) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
-                          (__m256i)_mm512_cvtneps_pbh(KVCORE_ISA::load(x + i)));
+      narrow(KVCORE_ISA::load(x + i), out + i);
     }
+  }
+  /// One vector, rounded so.
+  static void narrow(F32 x, BFloat16* out) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh(x));
   }
   /// Two rows of n values (a multiple of 16) to one row of pairs.
   static void pack(const BFloat16* even, const BFloat16* odd, int n, Element* out) {
@@ -55,6 +58,15 @@ struct Bf16Operand {
       const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd + i));
       _mm512_storeu_si512(out + i, interleave(low, high));
     }
+  }
+  /// Two vectors to pairs, rounded as above.
+  static void pack(F32 even, F32 odd, Element* out) {
+    // Packing puts one behind the other.
+    const __m512i order =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i packed = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(order, packed));
   }
   /// The same of each row times its factor, rounded as above.
   static void pack(const float* even, const float* odd, float even_factor, float odd_factor, int n,

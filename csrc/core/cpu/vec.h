@@ -406,6 +406,23 @@ inline F32 exp_nonpositive(F32 x) {
   return select(less(x, splat(-87.0f)), splat(0.0f), scale_pow2(p, n));
 }
 
+/// 2^x for x <= 0, relative error below 2e-7; 0 below -126, where 2^x is subnormal, so -inf gives
+/// 0. NaN stays NaN.
+inline F32 exp2_nonpositive(F32 x) {
+  const F32 clipped = max(splat(-126.0f), x);
+  const F32 n = round_even(clipped);
+  const F32 r = clipped - n;
+  // 2^r: the polynomial above, of r ln 2.
+  F32 p = splat(1.535336188e-04f);
+  p = fma(p, r, splat(1.339887440e-03f));
+  p = fma(p, r, splat(9.618437357e-03f));
+  p = fma(p, r, splat(5.550332548e-02f));
+  p = fma(p, r, splat(2.402264791e-01f));
+  p = fma(p, r, splat(6.931472029e-01f));
+  p = fma(p, r, splat(1.0f));
+  return select(less(x, splat(-126.0f)), splat(0.0f), scale_pow2(p, n));
+}
+
 /// The same for one value.
 inline float exp_nonpositive(float x) {
   float lanes[kLanes];

@@ -2,8 +2,7 @@
 // code that is compiled per ISA level.
 #pragma once
 
-#include <type_traits>
-
+#include "core/cpu/operands.h"
 #include "gdn/cpu/tokens.h"
 
 namespace kvcore::gdn::KVCORE_ISA {
@@ -13,44 +12,18 @@ namespace kvcore::gdn::KVCORE_ISA {
 template <class Operand>
 struct Layout {
   using Element = typename Operand::Element;
-  using Value = std::conditional_t<Operand::kPack == 1, float, BFloat16>;
+  using Value = ValueOf<Operand>;
   static constexpr int kRow = kRowStride / Operand::kPack;        // of a first operand in Rows
   static constexpr int kSquare = kSquareStride / Operand::kPack;  // of one in a Square
   static Element* of(float* memory) { return reinterpret_cast<Element*>(memory); }
   static Value* values(float* memory) { return reinterpret_cast<Value*>(memory); }
 };
 
-/// Rounded up to whole blocks of a transposition: what lies beyond is not read again.
-constexpr int whole_blocks(int size) { return (size + 15) / 16 * 16; }
-
-/// Row (batch, head, token) of a view, as it is.
-[[maybe_unused]] static void copy_row(const InputView& x, int64_t batch, int64_t head,
-                                      int64_t token, int n, BFloat16* out) {
-  const auto* const row = static_cast<const BFloat16*>(x.data) + batch * x.batch_stride +
-                          head * x.head_stride + token * x.token_stride;
-  if (x.channel_stride == 1) {
-    memcpy(out, row, n * sizeof(BFloat16));
-  } else {
-    for (int i = 0; i < n; ++i) out[i] = row[i * x.channel_stride];
-  }
-}
-inline void copy_row(const InputView& x, int64_t batch, int64_t head, int64_t token, int n,
-                     float* out) {
-  widen_row(x, batch, head, token, n, out);
-}
-
 /// n rows of a view from token `first`, then zeros up to `rows`.
 template <class T>
 inline void load_rows(const InputView& x, int64_t batch, int64_t head, int64_t first, int n,
                       int rows, int dim, T* out) {
-  for (int i = 0; i < rows; ++i) {
-    T* const row = out + i * kRowStride;
-    if (i < n) {
-      copy_row(x, batch, head, first + i, dim, row);
-    } else {
-      memset(row, 0, dim * sizeof(T));
-    }
-  }
+  copy_rows(x, batch, head, first, n, rows, dim, out, kRowStride);
 }
 
 /// First operand from rows of fp32: themselves, or rounded ones in `memory` with the same stride.
@@ -130,16 +103,6 @@ inline auto* by_channel(const typename Operand::Element* x, int rows, int dim, f
   auto* const out = Layout<Operand>::of(memory);
   transpose(x, kRowStride, whole_blocks(rows / Operand::kPack), dim, out, kSquareStride);
   return out;
-}
-
-/// n values to an output; packed operands come with outputs of bf16.
-template <class Operand>
-inline void store_row(const float* row, int n, const OutputView& out, int64_t offset) {
-  if constexpr (Operand::kPack == 2) {
-    Operand::narrow(row, n, static_cast<BFloat16*>(out.data) + offset);
-  } else {
-    narrow_row(row, n, out, offset);
-  }
 }
 
 }  // namespace kvcore::gdn::KVCORE_ISA

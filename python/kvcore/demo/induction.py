@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvcore.demo import data
-from kvcore.demo.fast_gdn import fast_gdn
+from kvcore.demo.fast import fast
 
 ROWS, LENGTH = 12, 512
 ITERATIONS, RATE = 240, 4e-3
@@ -69,7 +69,7 @@ def graft_(
     ]
     rows = [data.echo(rng, data.window(rng, corpus, LENGTH)) for _ in range(ROWS)]
     ids = torch.from_numpy(np.stack(rows))
-    with fast_gdn(), torch.no_grad():
+    with fast(model), torch.no_grad():
         model.model(input_ids=ids, use_cache=False)
         cos, sin = model.model.rotary_emb(cached["inputs"], torch.arange(LENGTH)[None])
     for hook in hooks:

@@ -218,13 +218,13 @@ def check(folder: str | Path) -> int:
     """Measure the model in `folder` into its training.json; 0 if all bounds hold, else 1."""
     from transformers import AttentionInterface
 
-    from kvcore.demo.fast_gdn import fast_gdn
+    from kvcore.demo.fast import fast
     from kvcore.demo.train import write_json
 
     folder = Path(folder)
     record = json.loads((folder / "training.json").read_text())
     model = models.load(folder)
-    with fast_gdn():
+    with fast(model):
         measured = {
             "context": context_gain(model),
             "recall": recall_accuracy(model),

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvcore.demo import data, models
-from kvcore.demo.fast_gdn import fast_gdn
+from kvcore.demo.fast import fast
 from kvcore.demo.induction import graft_
 from kvcore.demo.scaffold import scaffold_
 
@@ -316,7 +316,7 @@ def train(
         # Leave after the step under way, with a checkpoint.
         signal.signal(number, lambda *_: stopped.append(True))
     last, last_cpu = time.monotonic(), time.process_time()
-    with fast_gdn():
+    with fast(run.model):
         while state["seconds"] < 60 * minutes and not stopped:
             recent.append(run.step(corpus))
             now, now_cpu = time.monotonic(), time.process_time()

@@ -1,9 +1,12 @@
 """Comparisons of self-checks, and what they raise."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
 MIN_COSINE = 0.99999
+MAX_ERROR = 1e-5  # relative L2, fp32 inputs
 
 
 class Mismatch(Exception):
@@ -38,3 +41,20 @@ def close(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> flo
     if not worst <= 1e-3:
         raise Mismatch(f"lse is off by {worst:.2e}, more than 1e-3")
     return cosine
+
+
+def compare(
+    actual: Sequence[Tensor], expected: Sequence[Tensor], sizes: Mapping[int, Tensor] | None = None
+) -> str:
+    """The largest relative error of some results; raises Mismatch if it is above MAX_ERROR.
+
+    ``sizes``: what errors of the i-th result are relative to, if not to the result.
+    """
+    worst = 0.0
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        size = (sizes or {}).get(i, e).norm().clamp_min(1e-30)
+        error = ((a.cpu().double() - e).norm() / size).item()
+        if not error <= MAX_ERROR:  # catches NaN
+            raise Mismatch(f"result {i} has a relative error of {error:.1e}, above {MAX_ERROR:.0e}")
+        worst = max(worst, error)
+    return f"relative error {worst:.0e}"

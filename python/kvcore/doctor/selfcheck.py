@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import kvcore
-from kvcore.doctor import selfcheck_gdn, selfcheck_lexico
+from kvcore.doctor import selfcheck_dense, selfcheck_gdn, selfcheck_lexico
 from kvcore.doctor.mismatch import Mismatch, close, equal
 from kvcore.reference import turbo as reference
 
@@ -169,13 +169,16 @@ CHECKS: dict[str, Callable[[_Case], str]] = {
     "turbo_decode": _decode,
     **{
         op: lambda case, check=check: check(case.q.shape[-1], case.device)
-        for op, check in (*selfcheck_lexico.CHECKS.items(), *selfcheck_gdn.CHECKS.items())
+        for checks in (selfcheck_lexico.CHECKS, selfcheck_gdn.CHECKS, selfcheck_dense.CHECKS)
+        for op, check in checks.items()
     },
 }
 
 
 def has_kernel(op: str, device: str) -> bool:
-    """Whether op ``kvcore::<op>`` has a kernel for tensors of this device type."""
+    """Whether op ``kvcore::<op>`` computes on tensors of this device type."""
+    if torch.device(device).type != "cpu" and op in selfcheck_dense.CPU_ONLY:
+        return False
     key = {"cpu": "CPU", "cuda": "CUDA"}[torch.device(device).type]
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"kvcore::{op}", key)
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 import kvcore
-from kvcore.doctor.mismatch import Mismatch
+from kvcore.doctor.mismatch import compare
 from kvcore.reference import gdn as reference
 
-MAX_ERROR = 1e-5  # relative L2, fp32 inputs
 _OPTIONS = {"qk_l2norm": True, "beta_sigmoid": True}
 
 
@@ -27,20 +26,6 @@ def _inputs(head_dim: int) -> list[Tensor]:
     return [*qkv, *gates, random(2, 4, head_dim, head_dim)]
 
 
-def _compare(
-    actual: Sequence[Tensor], expected: Sequence[Tensor], sizes: Mapping[int, Tensor] | None = None
-) -> str:
-    """``sizes``: what errors of the i-th result are relative to, if not to the result."""
-    worst = 0.0
-    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        size = (sizes or {}).get(i, e).norm().clamp_min(1e-30)
-        error = ((a.cpu().double() - e).norm() / size).item()
-        if not error <= MAX_ERROR:  # catches NaN
-            raise Mismatch(f"result {i} has a relative error of {error:.1e}, above {MAX_ERROR:.0e}")
-        worst = max(worst, error)
-    return f"relative error {worst:.0e}"
-
-
 def _moved(tensors: Sequence[Tensor], device: str) -> tuple[list[Tensor], list[Tensor]]:
     return [x.to(device) for x in tensors], [x.double() for x in tensors]
 
@@ -48,7 +33,7 @@ def _moved(tensors: Sequence[Tensor], device: str) -> tuple[list[Tensor], list[T
 def _chunk_scan(head_dim: int, device: str) -> str:
     ours, theirs = _moved(_inputs(head_dim), device)
     actual = kvcore.gdn_chunk_scan(*ours, **_OPTIONS)
-    return _compare(actual, reference.gdn_chunk_scan(*theirs, **_OPTIONS))
+    return compare(actual, reference.gdn_chunk_scan(*theirs, **_OPTIONS))
 
 
 def _chunk_scan_backward(head_dim: int, device: str) -> str:
@@ -63,7 +48,7 @@ def _chunk_scan_backward(head_dim: int, device: str) -> str:
     dg, shifted = expected[3], theirs[4] + theirs[7]
     parts = (dg * torch.nn.functional.softplus(shifted) / shifted.sigmoid(), dg)
     sizes = {i: part.abs().sum((0, 1)) for i, part in zip((5, 6), parts, strict=True)}
-    return _compare(actual, expected, sizes)
+    return compare(actual, expected, sizes)
 
 
 def _step_inputs(head_dim: int) -> list[Tensor]:
@@ -74,14 +59,14 @@ def _step_inputs(head_dim: int) -> list[Tensor]:
 def _recurrent_step(head_dim: int, device: str) -> str:
     ours, theirs = _moved(_step_inputs(head_dim), device)
     actual = kvcore.gdn_recurrent_step(*ours, **_OPTIONS)
-    return _compare(actual, reference.gdn_recurrent_step(*theirs, **_OPTIONS))
+    return compare(actual, reference.gdn_recurrent_step(*theirs, **_OPTIONS))
 
 
 def _recurrent_step_in_place(head_dim: int, device: str) -> str:
     ours, theirs = _moved(_step_inputs(head_dim), device)
     ours[5] = ours[5].clone()
     out = kvcore.gdn_recurrent_step_(*ours, **_OPTIONS)
-    return _compare((out, ours[5]), reference.gdn_recurrent_step(*theirs, **_OPTIONS))
+    return compare((out, ours[5]), reference.gdn_recurrent_step(*theirs, **_OPTIONS))
 
 
 def _conv_inputs(head_dim: int) -> list[Tensor]:
@@ -93,14 +78,14 @@ def _conv_inputs(head_dim: int) -> list[Tensor]:
 def _conv1d(head_dim: int, device: str) -> str:
     ours, theirs = _moved(_conv_inputs(head_dim), device)
     actual = kvcore.gdn_conv1d(*ours, silu=True)
-    return _compare([actual], [reference.gdn_conv1d(*theirs, silu=True)])
+    return compare([actual], [reference.gdn_conv1d(*theirs, silu=True)])
 
 
 def _conv1d_backward(head_dim: int, device: str) -> str:
     inputs = _conv_inputs(head_dim)
     ours, theirs = _moved([inputs[0].flip(2), *inputs], device)
     actual = kvcore.gdn_conv1d_backward(*ours, silu=True)
-    return _compare(actual, reference.gdn_conv1d_backward(*theirs, silu=True))
+    return compare(actual, reference.gdn_conv1d_backward(*theirs, silu=True))
 
 
 def _conv1d_update(head_dim: int, device: str) -> str:
@@ -110,7 +95,7 @@ def _conv1d_update(head_dim: int, device: str) -> str:
     ours[1] = ours[1].clone()
     actual = kvcore.gdn_conv1d_update(*ours, silu=True)
     expected = reference.gdn_conv1d_update(*theirs, silu=True)
-    return _compare((actual, ours[1]), (expected, theirs[1]))
+    return compare((actual, ours[1]), (expected, theirs[1]))
 
 
 def _norm_inputs(head_dim: int) -> list[Tensor]:
@@ -122,7 +107,7 @@ def _norm_inputs(head_dim: int) -> list[Tensor]:
 def _rms_norm(head_dim: int, device: str) -> str:
     ours, theirs = _moved(_norm_inputs(head_dim), device)
     actual = kvcore.gdn_rms_norm(*ours, weight_offset=1.0)
-    return _compare(actual, reference.gdn_rms_norm(*theirs, weight_offset=1.0))
+    return compare(actual, reference.gdn_rms_norm(*theirs, weight_offset=1.0))
 
 
 def _rms_norm_backward(head_dim: int, device: str) -> str:
@@ -130,7 +115,7 @@ def _rms_norm_backward(head_dim: int, device: str) -> str:
     rstd = reference.gdn_rms_norm(x, weight)[1]
     ours, theirs = _moved([x.flip(1), x, weight, rstd, gate], device)
     actual = kvcore.gdn_rms_norm_backward(*ours)
-    return _compare(actual, reference.gdn_rms_norm_backward(*theirs))
+    return compare(actual, reference.gdn_rms_norm_backward(*theirs))
 
 
 CHECKS: dict[str, Callable[[int, str], str]] = {

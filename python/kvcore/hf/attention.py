@@ -10,6 +10,7 @@ from kvcore.cache import reasons
 from kvcore.cache.static_layer import StaticView
 from kvcore.cache.tensors import under_autocast
 from kvcore.cache.view import LazyKV
+from kvcore.hf import dense
 
 # Features that scaled_dot_product_attention does not have either.
 _SPECIAL = ("output_attentions", "position_bias", "s_aux", "softcap")
@@ -82,14 +83,18 @@ def kvcore_attention(
     if attention_mask is not None and attention_mask.shape[-1] > kv_len:
         # The mask of a cache of fixed capacity covers what is not there yet.
         attention_mask = attention_mask[..., :kv_len]
-    if attention_mask is None and is_causal and 1 < q_len < kv_len:
-        if rebuilt:
-            # SDPA would align its causal mask with the first keys; the queries are the newest.
-            causal = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device)
-            attention_mask = causal.tril(kv_len - q_len)[None, None]
-        else:
-            # What transformers means by this: the rest of a cache of fixed capacity is empty.
-            key, value = key[:, :, :q_len], value[:, :, :q_len]
+    if attention_mask is None and is_causal and 1 < q_len < kv_len and not rebuilt:
+        # What transformers means by this: the rest of a cache of fixed capacity is empty.
+        key, value = key[:, :, :q_len], value[:, :, :q_len]
+    if attention_mask is None and not (special or dropout or kwargs.get("cache")):
+        causal = is_causal and q_len > 1
+        out = dense.attend(query, key, value, causal=causal, scale=scaling)
+        if out is not None:
+            return out, None
+    if attention_mask is None and is_causal and 1 < q_len < key.shape[2]:
+        # SDPA would align its causal mask with the first keys; the queries are the newest.
+        causal = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device)
+        attention_mask = causal.tril(kv_len - q_len)[None, None]
     if special:
         return exact_attention(
             query,

@@ -4,6 +4,7 @@
 functions with flash-linear-attention's signatures choose between the ops of the gated delta rule.
 """
 
+from kvcore.ops.dense import dense_attention, dense_attention_backward
 from kvcore.ops.errors import check_errors
 from kvcore.ops.gdn import (
     gdn_chunk_scan,
@@ -41,6 +42,8 @@ from kvcore.ops.turbo import (
 __all__ = [
     "check_errors",
     "chunk_gated_delta_rule",
+    "dense_attention",
+    "dense_attention_backward",
     "fused_recurrent_gated_delta_rule",
     "gdn_chunk_scan",
     "gdn_chunk_scan_backward",

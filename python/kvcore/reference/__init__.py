@@ -4,7 +4,7 @@ Nothing here imports the ops or native code. ``kvcore.reference.<family>`` repea
 arguments of the ops; :func:`exact_attention` is what turbo approximates.
 """
 
-from kvcore.reference import gdn, lexico, turbo
+from kvcore.reference import dense, gdn, lexico, turbo
 from kvcore.reference.attention import exact_attention
 
-__all__ = ["exact_attention", "gdn", "lexico", "turbo"]
+__all__ = ["dense", "exact_attention", "gdn", "lexico", "turbo"]
