@@ -204,6 +204,11 @@ def lexico(device: str) -> str:
     return "\n".join([*lines, "", described(result), *_peers(result)])
 
 
+def dense(device: str) -> str:
+    """Exact attention's cases."""
+    return _cases(device, "dense")
+
+
 def evaluation(device: str) -> str:
     """What `kvcore eval` found, a table for each model."""
     from kvcore.eval import report as eval_report  # the other tables need no kvcore
@@ -232,5 +237,6 @@ BLOCKS = {
     "demo": demo,
     "gdn": gdn,
     "lexico": lexico,
+    "dense": dense,
     "eval": evaluation,
 }
