@@ -1,6 +1,7 @@
 """The benchmark's own machinery: order of the rounds, statistics, report."""
 
 import ctypes
+import itertools
 import pathlib
 import resource
 import sys
@@ -130,6 +131,20 @@ def test_gdns_cases_pass_their_checks_and_run(bench, monkeypatch):
             variant.run()
     states = built[2].task.arrays["state"]
     assert built[2].task.state_bytes == states.numel() * 4
+
+
+def test_denses_cases_pass_their_checks_and_run(bench):
+    import dense_cases
+
+    shape = (2, 4, 2, 70, 32)
+    for what, dtype in itertools.product(("forward", "backward"), dense_cases.MAX_ERROR):
+        case = dense_cases._case(what, shape, dtype)
+        assert list(case.variants) == ["SDPA", "kvcore"]
+        for variant in case.variants.values():
+            variant.run()
+    plans = list(dense_cases.dense(False, CPU))
+    assert len({plan.name for plan in plans}) == len(plans) == 8
+    assert list(dense_cases.dense(False, torch.device("cuda"))) == []
 
 
 def test_lexicos_cases_pass_their_checks_and_run(bench, monkeypatch):

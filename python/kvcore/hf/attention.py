@@ -29,6 +29,9 @@ def kvcore_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over a compressed cache; over anything else, exact attention.
 
+    The latter in :func:`kvcore.dense_attention` where :mod:`kvcore.hf.dense` says so, else in
+    ``scaled_dot_product_attention``.
+
     Args:
         module: the attention module.
         query: ``[batch, q_heads, q_len, head_dim]``.
