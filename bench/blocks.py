@@ -139,9 +139,9 @@ def demo(device: str) -> str:
     return "\n".join(table(header, list(rows.values())))
 
 
-def gdn(device: str) -> str:
-    """The gated delta rule's cases: each of our variants beside the fastest peer."""
-    result = load(device, "gdn")
+def _cases(device: str, family: str) -> str:
+    """Each of our variants beside the fastest peer."""
+    result = load(device, family)
     rows = []
     for case in result["cases"]:
         fastest = fastest_peer(case)
@@ -157,6 +157,11 @@ def gdn(device: str) -> str:
             rows.append([*cells, rate(case, variant, result["ceilings"])])
     header = ["case", "variant", "median", "fastest peer", "speed", "rate (share of limit)"]
     return "\n".join([*table(header, rows), "", described(result), *_peers(result)])
+
+
+def gdn(device: str) -> str:
+    """The gated delta rule's cases."""
+    return _cases(device, "gdn")
 
 
 def _encode(result: dict) -> list[str]:
