@@ -14,8 +14,9 @@ from cases import HEAD_DIM, KV_HEADS, Q_HEADS, Case, Planned, Variant, _checked,
 TORCH = "SDPA"
 # Against torch's in fp32. Rounding a result to bf16 alone is 1.7e-3.
 MAX_ERROR = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
-# torch's own backward is off by 6e-3 in bf16.
-MAX_GRADIENT_ERROR = {torch.float32: 2e-5, torch.bfloat16: 8e-3}
+MAX_GRADIENT_ERROR = {torch.float32: 2e-5, torch.bfloat16: 4e-3}
+# torch's in bf16 are off by 6e-3 with 2 query heads a key head, and by 1e-2 with 4.
+TORCH_GRADIENT_ERROR = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2}
 # Products of q_len x kv_len x head_dim, of which half is causal.
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
 # batch, query heads, kv heads, tokens and head_dim: a layer of the demo in training, and a larger.
@@ -62,8 +63,9 @@ def _case(what: str, shape: tuple[int, ...], dtype: torch.dtype) -> Case:
         return lambda: list(torch.autograd.grad(out, leaves, gradient, retain_graph=True))
 
     expected = prepared(of_torch, [x.float() for x in inputs])()
-    bound = (MAX_GRADIENT_ERROR if backward else MAX_ERROR)[dtype]
+    bounds = {TORCH: TORCH_GRADIENT_ERROR, "kvcore": MAX_GRADIENT_ERROR} if backward else {}
     for name, function in ((TORCH, of_torch), ("kvcore", ours)):
+        bound = bounds.get(name, MAX_ERROR)[dtype]
         run = prepared(function, inputs)
         error = max(_relative_error(a, e) for a, e in zip(run(), expected, strict=True))
         case.variants[name] = Variant(run, 0, _checked(name, error, bound))
