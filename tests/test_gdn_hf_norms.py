@@ -104,6 +104,10 @@ def test_autocast(routed):
             assert relative_l2(ours, theirs) < (1e-6 if dtype == F32 else 5e-3)
 
 
+class OwnTensor(torch.Tensor):
+    """One whose functions may mean something else."""
+
+
 def test_what_the_op_does_not_compute_goes_where_it_went(routed, monkeypatch):
     def no_op(*args, **kwargs):
         raise AssertionError("the op was called")
@@ -122,10 +126,18 @@ def test_what_the_op_does_not_compute_goes_where_it_went(routed, monkeypatch):
         names = list(theirs.__code__.co_varnames[1 : 2 + gated])
         named = dict(zip(names, inputs, strict=True))
         assert_bitwise_equal(norm(**named), theirs(norm, *inputs))
+        heir, inputs = make(types.new_class("Heir", (kind,)), gated, F32)
+        assert_bitwise_equal(heir(*inputs), theirs(heir, *inputs))
+        wide, inputs = make(kind, gated, F32, channels=norms.MAX_CHANNELS + 1)
+        assert_bitwise_equal(wide(*inputs), theirs(wide, *inputs))
+        one, _ = make(kind, gated, F32, channels=1)
+        inputs = [normal(2, 7, 64, seed=i) for i in range(1 + gated)]
+        assert_bitwise_equal(one(*inputs), theirs(one, *inputs))
+        inputs[0] = inputs[0].as_subclass(OwnTensor)
+        assert type(norm(*inputs)) is OwnTensor
     norm, (x, gate) = make(routed[1], True, F32)
-    assert_bitwise_equal(
-        norm(x, gate.to(BF16)), routed[1].forward.__wrapped__(norm, x, gate.to(BF16))
-    )
+    for other in (gate.to(BF16), gate[:1, :1]):
+        assert_bitwise_equal(norm(x, other), routed[1].forward.__wrapped__(norm, x, other))
     norm.activation = "sigmoid"
     assert_bitwise_equal(norm(x, gate), routed[1].forward.__wrapped__(norm, x, gate))
 

@@ -183,7 +183,7 @@ def _route(module: types.ModuleType) -> list[tuple[object, str, Callable]]:
         if name in vars(module):
             replace(module, name, make(vars(module)[name]))
     for norm_class, norm in norms.classes_of(module).items():
-        forward = norms.routed(norm, norm_class.forward, _NORM_DEVICES, _DTYPES)
+        forward = norms.routed(norm, norm_class, _NORM_DEVICES, _DTYPES)
         replace(norm_class, "forward", forward)
     return before
 

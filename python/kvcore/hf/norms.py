@@ -106,13 +106,18 @@ def classes_of(module: types.ModuleType) -> dict[type[nn.Module], Norm]:
     return {norm_class: norm for norm_class, norm in known.items() if norm is not None}
 
 
-def routed(norm: Norm, previous: Callable, devices: frozenset[str], dtypes: tuple) -> Callable:
-    """A ``forward`` in the op, where it computes the call; otherwise ``previous``."""
+def routed(
+    norm: Norm, norm_class: type[nn.Module], devices: frozenset[str], dtypes: tuple
+) -> Callable:
+    """A ``forward`` in the op, where it computes the call; otherwise that of the class."""
+    previous = norm_class.forward
 
     def usable(module: nn.Module, x: Tensor, gate: Tensor | None) -> bool:
         weight = module.weight
+        # A class that inherits ``forward`` may have overridden what it calls.
         return (
-            all(type(y) in (Tensor, nn.Parameter) for y in (x, weight))
+            type(module) is norm_class
+            and all(type(y) in (Tensor, nn.Parameter) for y in (x, weight))
             and x.device.type in devices
             and x.dtype in dtypes
             and weight.dtype in dtypes
