@@ -2,7 +2,7 @@
 
 import torch
 
-from cases import Shape
+from cases import DTYPES, Shape
 from compare import assert_bitwise_equal, assert_close, assert_same_attention
 from kvcore.reference import lexico
 from lexico_cases import CODES, make_dictionary, make_problem, random_codes
@@ -108,11 +108,12 @@ def check_reconstruct(case):
     # Sums of a vector may cancel.
     size = codes[2].float().abs().nan_to_num() * codes[1].float().abs().sum(-1)
     atol = 1e-6 * float(size.max()) if size.numel() else 0.0
+    # The smallest numbers have steps: results, and, before they are scaled, the sums of the pairs.
+    step = {t: torch.finfo(t).smallest_normal * torch.finfo(t).eps for t in DTYPES}
+    atol += step[out_dtype]
     if size.numel():
-        # Among the smallest numbers each pair's sum is rounded to 2^-149, and then scaled.
-        atol += 2.0**-149 * (1 + codes[0].shape[-1] * float(codes[2].float().nan_to_num().max()))
-    if out_dtype == torch.float16:
-        atol += 6e-8
+        largest = float(codes[2].float().nan_to_num().max())
+        atol += step[torch.float32] * codes[0].shape[-1] * largest
     name = f"{dtype} codes to {out_dtype}"
     assert_close(actual, expected, rtol=rtol, atol=atol, name=name)
 
