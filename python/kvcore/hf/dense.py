@@ -52,6 +52,9 @@ def attend(
         ``[batch, q_len, q_heads, head_dim]``. Under autocast inputs take its dtype, as with torch's
         function.
     """
+    # A compiled model keeps torch's op, which its compiler knows.
+    if torch.compiler.is_compiling():
+        return None
     if not all(type(x) is Tensor and x.device.type == "cpu" for x in (query, key, value)):
         return None
     q_len, kv_len, head_dim = query.shape[2], key.shape[2], query.shape[3]

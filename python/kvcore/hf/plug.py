@@ -36,10 +36,10 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
     padding. Without a kvcore cache the model computes what it did with ``sdpa``, in training too;
     on CPUs in :func:`kvcore.dense_attention` where that is faster: without a mask other than the
     causal one and without dropout, 128 queries and more, fp32, fp16 or bf16 (the last two not where
-    the CPU has AMX, for which torch has kernels of its own). Layers of the gated delta rule run
-    :func:`kvcore.chunk_gated_delta_rule` and its siblings, in training too, and the norms of such
-    models :func:`kvcore.gdn_rms_norm`; so do those of every other model of the same class in the
-    process. Calling it again changes nothing; :func:`disable` undoes it.
+    the CPU has AMX, for which torch has kernels of its own), not compiled. Layers of the gated
+    delta rule run :func:`kvcore.chunk_gated_delta_rule` and its siblings, in training too, and the
+    norms of such models :func:`kvcore.gdn_rms_norm`; so do those of every other model of the same
+    class in the process. Calling it again changes nothing; :func:`disable` undoes it.
 
     Args:
         model: a transformers model whose attention goes through ``AttentionInterface``.
