@@ -68,7 +68,8 @@ def _case(what: str, shape: tuple[int, ...], dtype: torch.dtype) -> Case:
         bound = bounds.get(name, MAX_ERROR)[dtype]
         run = prepared(function, inputs)
         error = max(_relative_error(a, e) for a, e in zip(run(), expected, strict=True))
-        case.variants[name] = Variant(run, 0, _checked(name, error, bound))
+        ceiling = "bf16 matmul" if dtype is torch.bfloat16 else "fp32 matmul"
+        case.variants[name] = Variant(run, 0, _checked(name, error, bound), ceiling)
     products = BACKWARD_PRODUCTS if backward else FORWARD_PRODUCTS
     case.operations = products * batch * q_heads * tokens**2 * head_dim
     return case
