@@ -182,9 +182,12 @@ def test_views_are_read_only(make_layer, generator):
     ):
         with pytest.raises(RuntimeError, match="which are read-only"):
             change(layer.keys)
-    copied = copy.deepcopy(layer.keys)
+    view = layer.keys
+    copied = copy.deepcopy(view)
     assert type(copied) is torch.Tensor
     assert torch.equal(copied, expected[0])
+    copied.zero_()
+    assert torch.equal(view, expected[0])
     with pytest.raises(AttributeError, match="keys cannot be assigned"):
         layer.keys = expected[0]
     assert torch.equal(stored(layer), expected)
