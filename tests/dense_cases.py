@@ -66,6 +66,8 @@ PROBLEMS = [
     *SMALL,
     *(Problem(n, n) for n in EDGES),
     *(Problem(n, n, dtype=BF16) for n in EDGES),
+    # Whole groups of queries and keys, of which the first query misses the last key or none.
+    *(Problem(16, n) for n in (142, 143)),
     *(Problem(n, 150, 32, 1, 2, dtype=BF16) for n in (1, 63, 64, 65, 149)),
     *(Problem(150, n, 32, 1, 2) for n in (1, 63, 64, 65, 129, 149)),
     *(Problem(40, 150, dim, dtype=t) for dim in range(16, 257, 16) for t in (F32, BF16)),
