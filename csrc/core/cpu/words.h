@@ -20,7 +20,11 @@ inline I32 dot_words(I32 acc, Bytes a, Bytes b) {
 }
 /// a * b / 2^15 rounded to nearest, half up.
 inline Bytes mul_high_words(Bytes a, Bytes b) { return _mm512_mulhrs_epi16(a, b); }
+inline Bytes add_words(Bytes a, Bytes b) { return _mm512_add_epi16(a, b); }
 inline Bytes sub_words(Bytes a, Bytes b) { return _mm512_sub_epi16(a, b); }
+/// The low byte of each word in the place of the high one, and the high one with its sign.
+inline Bytes raise_bytes(Bytes x) { return _mm512_slli_epi16(x, 8); }
+inline Bytes high_bytes(Bytes x) { return _mm512_srai_epi16(x, 8); }
 inline Bytes abs_words(Bytes x) { return _mm512_abs_epi16(x); }
 inline Bytes max_words(Bytes a, Bytes b) { return _mm512_max_epi16(a, b); }
 /// Word i sets bits kWordBits * i and up where a < b.
@@ -30,6 +34,10 @@ inline uint32_t less_words(Bytes a, Bytes b) { return _mm512_cmplt_epi16_mask(a,
 inline void store_words(int16_t* p, I32 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16((__m512i)x));
 }
+/// The inverse.
+inline I32 load_words(const int16_t* p) {
+  return (I32)_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 inline I32 abs_i32(I32 x) { return (I32)_mm512_abs_epi32((__m512i)x); }
 
 #elif defined(KVCORE_VEC_256)
@@ -38,7 +46,11 @@ inline I32 abs_i32(I32 x) { return (I32)_mm512_abs_epi32((__m512i)x); }
 inline I32 dot_words(I32 acc, Bytes a, Bytes b) { return acc + (I32)_mm256_madd_epi16(a, b); }
 /// a * b / 2^15 rounded to nearest, half up.
 inline Bytes mul_high_words(Bytes a, Bytes b) { return _mm256_mulhrs_epi16(a, b); }
+inline Bytes add_words(Bytes a, Bytes b) { return _mm256_add_epi16(a, b); }
 inline Bytes sub_words(Bytes a, Bytes b) { return _mm256_sub_epi16(a, b); }
+/// The low byte of each word in the place of the high one, and the high one with its sign.
+inline Bytes raise_bytes(Bytes x) { return _mm256_slli_epi16(x, 8); }
+inline Bytes high_bytes(Bytes x) { return _mm256_srai_epi16(x, 8); }
 inline Bytes abs_words(Bytes x) { return _mm256_abs_epi16(x); }
 inline Bytes max_words(Bytes a, Bytes b) { return _mm256_max_epi16(a, b); }
 /// Word i sets bits kWordBits * i and up where a < b.
@@ -51,6 +63,10 @@ inline void store_words(int16_t* p, I32 x) {
   const __m128i low = _mm256_castsi256_si128((__m256i)x);
   const __m128i high = _mm256_extracti128_si256((__m256i)x, 1);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi32(low, high));
+}
+/// The inverse.
+inline I32 load_words(const int16_t* p) {
+  return (I32)_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 inline I32 abs_i32(I32 x) { return (I32)_mm256_abs_epi32((__m256i)x); }
 
@@ -71,7 +87,11 @@ inline Bytes mul_high_words(Bytes a, Bytes b) {
   const I32 high = ((x >> 16) * (y >> 16) + (1 << 14)) >> 15;
   return (Bytes)((low & 0xffff) | high << 16);
 }
+inline Bytes add_words(Bytes a, Bytes b) { return (Bytes)((Words)a + (Words)b); }
 inline Bytes sub_words(Bytes a, Bytes b) { return (Bytes)((Words)a - (Words)b); }
+/// The low byte of each word in the place of the high one, and the high one with its sign.
+inline Bytes raise_bytes(Bytes x) { return (Bytes)((Words)x << 8); }
+inline Bytes high_bytes(Bytes x) { return (Bytes)((SignedWords)x >> 8); }
 inline Bytes abs_words(Bytes x) {
   return (Bytes)((SignedWords)x < 0 ? Words{} - (Words)x : (Words)x);
 }
@@ -93,6 +113,8 @@ inline void store_words(int16_t* p, I32 x) {
     p[i] = static_cast<int16_t>(x[i] < -32768 ? -32768 : x[i] > 32767 ? 32767 : x[i]);
   }
 }
+/// The inverse.
+inline I32 load_words(const int16_t* p) { return I32{p[0], p[1], p[2], p[3]}; }
 inline I32 abs_i32(I32 x) { return x < 0 ? -x : x; }
 
 #endif

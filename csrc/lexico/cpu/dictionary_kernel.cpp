@@ -1,4 +1,5 @@
 // The dictionary and its Gram matrix as the encoder's searches read them.
+#include "lexico/cpu/coarse_row.h"
 #include "lexico/cpu/search_residual.h"
 
 namespace kvcore::lexico::KVCORE_ISA {
@@ -59,6 +60,38 @@ void gram_kernel(const EncodeParams& p, const int16_t* panels, int64_t panel, in
       int16_t* const out = gram + (other * kPanelAtoms + n) * padded + panel * kPanelAtoms;
       for (int r = 0; r < kPanelAtoms; ++r) out[r] = products[r][n];
     }
+  }
+}
+
+void coarse_kernel(const EncodeParams& p, const int16_t* gram, int64_t begin, int64_t end,
+                   int16_t* coarse, CoarseScale* scales) {
+  const int64_t padded = padded_atoms(p.atoms);
+  for (int64_t atom = begin; atom < end; ++atom) {
+    const int16_t* const row = gram + atom * padded;
+    int16_t* const out = coarse + atom * (padded / 2);
+    const int64_t own = atom - atom % kWords;
+    int16_t lanes[kWords];
+    store_bytes(lanes, load_bytes(row + own));
+    lanes[atom % kWords] = 0;
+    Bytes largest = abs_words(load_bytes(lanes));
+    for (int64_t n = 0; n < padded; n += kWords) {
+      if (n != own) largest = max_words(largest, abs_words(load_bytes(row + n)));
+    }
+    store_bytes(lanes, largest);
+    int most = static_cast<int>(kCoarseMax / kMaxFactor);
+    for (const int lane : lanes) most = lane > most ? lane : most;
+    const float factor = static_cast<float>(kCoarseMax - 1) / static_cast<float>(most);
+    for (int64_t n = 0; n < padded; n += kPairAtoms) {
+      int16_t words[kPairAtoms];
+      for (int i = 0; i < kPairAtoms; i += kLanes) {
+        const F32 scaled = to_f32(load_words(row + n + i)) * splat(factor);
+        // max of negatives is min.
+        const F32 above = max(scaled, splat(-kCoarseMax));
+        store_words(words + i, to_i32(splat(0.0f) - max(splat(0.0f) - above, splat(-kCoarseMax))));
+      }
+      store_coarse(out, n, {load_bytes(words), load_bytes(words + kWords)});
+    }
+    scales[atom] = {factor, row[atom], coarse_product(out, atom)};
   }
 }
 

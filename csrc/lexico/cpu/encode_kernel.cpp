@@ -98,6 +98,11 @@ bool step_with_gram(const EncodeParams& p, const EncodeTables& tables, int16_t* 
     } else {
       convert_row(p, p.gram + s.atoms[last] * p.atoms, converted + last * padded);
     }
+    if (tables.coarse) {
+      search.coarse_rows[last] = tables.coarse + s.atoms[last] * (padded / 2);
+      search.scales[last] = tables.scales[s.atoms[last]];
+      search.own[last] = search.correlations[s.atoms[last]];
+    }
   }
   const Best best = search_gram(p, tables.panels, search, upcoming);
   if (is_negligible(s, best.value) || !select_atom(p, s, search.vector, best.index)) return true;
@@ -108,6 +113,10 @@ bool step_with_gram(const EncodeParams& p, const EncodeTables& tables, int16_t* 
 Upcoming upcoming_row(const EncodeParams& p, const EncodeTables& tables, const GramSearch& search) {
   if (search.pursuit == nullptr || search.pursuit->count == 0) return {};
   const int64_t atom = search.pursuit->atoms[search.pursuit->count - 1];
+  if (search.coarse) {
+    const int16_t* const row = tables.coarse + atom * (padded_atoms(p.atoms) / 2);
+    return {reinterpret_cast<const char*>(row), 1};
+  }
   if (!tables.gram) return {reinterpret_cast<const char*>(p.gram + atom * p.atoms), sizeof(float)};
   const int16_t* const row = tables.gram + atom * padded_atoms(p.atoms);
   return {reinterpret_cast<const char*>(row), sizeof(int16_t)};
@@ -128,6 +137,9 @@ void encode_with_gram(const EncodeParams& p, const EncodeTables& tables,
   GramSearch searches[kTurns];
   for (GramSearch& search : searches) search.pursuit = nullptr;
   int begun = 0;
+  // Vectors that coarse rows were enough for, less those that they were not: where they were not
+  // for the first ones, the others of a block begin without them.
+  int lasted = 0;
   for (int turn = 0, left = count; left > 0; turn = (turn + 1) % kTurns) {
     GramSearch& search = searches[turn];
     if (search.pursuit == nullptr) {
@@ -136,6 +148,8 @@ void encode_with_gram(const EncodeParams& p, const EncodeTables& tables,
       search.vector = scratch.vectors + begun * head_dim;
       search.correlations = scratch.correlations + begun * padded;
       search.base_norm = norms[begun];
+      search.found = scratch.correlations + kGramBlock * padded;
+      search.coarse = tables.coarse != nullptr && lasted > -kTurns;
       ++begun;
     }
     Pursuit& s = *search.pursuit;
@@ -143,6 +157,7 @@ void encode_with_gram(const EncodeParams& p, const EncodeTables& tables,
     int16_t* const converted = scratch.rows + turn * p.sparsity * padded;
     if (is_done(p, s) || step_with_gram(p, tables, converted, upcoming, search)) {
       finish(p, s, search.vector);
+      lasted += search.coarse ? 1 : -1;
       search.pursuit = nullptr;
       --left;
     }

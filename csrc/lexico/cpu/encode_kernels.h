@@ -20,7 +20,8 @@ constexpr int64_t num_panels(int64_t atoms) { return padded_atoms(atoms) / kPane
 
 // Vectors of one task: they share a pass over the dictionary, 1 MiB at 4096 atoms of head_dim 128.
 // With the Gram matrix there is one such pass, and the products, 8 KiB a vector, should stay in a
-// level-2 cache beside the rows of two vectors; without it there is one at every step.
+// level-2 cache beside the rows of two vectors, in bytes or in words; without it there is one at
+// every step.
 constexpr int kGramBlock = 4 * kRowTile;
 constexpr int kRecomputeBlock = 8 * kRowTile;
 // With the Gram matrix vectors take turns: while one is searched, the row that the next one needs
@@ -47,6 +48,13 @@ struct Pursuit {
   double *inverse, *transposed;
 };
 
+/// What a coarse row of the Gram matrix is multiplied by, and what it has at its own atom: there it
+/// is cut off.
+struct CoarseScale {
+  float factor;
+  int16_t diagonal, stored;  // of the row itself, and of the coarse one
+};
+
 /// Working memory of one task.
 struct EncodeScratch {
   Pursuit* pursuits;  // [block]
@@ -56,7 +64,7 @@ struct EncodeScratch {
   float* residuals;  // [block, head_dim]
   int32_t* maxima;   // [block, num_panels, kMaximaLanes]
   // With it, else null.
-  int16_t* correlations;  // [block, padded_atoms]
+  int16_t* correlations;  // [block + 1, padded_atoms], the last of what is being searched
   int16_t* rows;          // [kTurns, sparsity, padded_atoms] of a given matrix, else null
 };
 
@@ -66,6 +74,9 @@ struct EncodeTables {
   // there. Integers, but bf16 for the search with AMX tiles.
   const int16_t* panels;
   const int16_t* gram;  // [atoms, padded_atoms], null if it is given or not used
+  // The same in bytes (coarse_row.h), null as it is.
+  const int16_t* coarse;      // [atoms, padded_atoms / 2]
+  const CoarseScale* scales;  // [atoms]
 };
 
 // Fills panels [panel_begin, panel_end), for the search with the Gram matrix or without.
@@ -76,6 +87,10 @@ KVCORE_ISA_DECLARE(void pack_dictionary_kernel(const EncodeParams& p, bool with_
 // Products of the atoms of one panel with those of this and all later ones, both ways.
 KVCORE_ISA_DECLARE(void gram_kernel(const EncodeParams& p, const int16_t* panels, int64_t panel,
                                     int16_t* gram))
+
+// Rows [begin, end) of the matrix in bytes.
+KVCORE_ISA_DECLARE(void coarse_kernel(const EncodeParams& p, const int16_t* gram, int64_t begin,
+                                      int64_t end, int16_t* coarse, CoarseScale* scales))
 
 // Vectors [begin, end), at most the block of scratch, with the Gram matrix or without.
 KVCORE_ISA_DECLARE(void encode_kernel(const EncodeParams& p, const EncodeTables& tables,

@@ -214,5 +214,6 @@ def encoder_workspace(settings: LexicoSettings, pair: Pair | SessionPair, num_ve
         codes += num_vectors * (3 * sparsity + 2 + 4)  # with an fp32 residual each
         padded = -(-atoms // _ATOM_ALIGNMENT) * _ATOM_ALIGNMENT
         pays = atoms <= _MAX_GRAM_ATOMS and num_vectors >= atoms // sparsity
-        scratch = max(scratch, 2 * padded * (head_dim + (atoms if pays else 0)))
+        # Whole products, and what most searches need of them.
+        scratch = max(scratch, padded * (2 * head_dim + (3 * atoms if pays else 0)))
     return codes + scratch
