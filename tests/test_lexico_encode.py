@@ -8,7 +8,7 @@ import kvcore
 from cases import DTYPES, F32, HEAD_DIMS, LAYOUTS, each_backend, normal, with_layout
 from compare import assert_bitwise_equal, assert_close
 from kvcore.reference import lexico
-from lexico_cases import CODES, GOALS, assert_same_codes, make_dictionary, same_support
+from lexico_cases import CODES, GOALS, assert_same_codes, make_dictionary, run, same_support
 
 
 @each_backend
@@ -152,6 +152,20 @@ def test_codes_go_on_to_small_residuals(backend):
     expected = lexico.lexico_encode(x, dictionary, sparsity=24, dtype=F32)[3]
     assert expected.max() < 1e-5
     assert_close(residual.cpu(), expected, rtol=0, atol=1e-6)
+
+
+@each_backend
+def test_norms_that_are_not_quite_1(backend):
+    """Within a cluster the squared distance of two atoms is as small as what is off of a norm."""
+    dictionary = normal(2, 128, seed=20)[torch.arange(300) % 2] + 0.02 * normal(300, 128, seed=21)
+    off = 9e-5 * (2 * torch.rand(300, 1, generator=torch.Generator().manual_seed(22)) - 1)
+    dictionary = dictionary / dictionary.norm(dim=1, keepdim=True) * (1 + off)
+    x = normal(1, 1, 20, 128, seed=23)
+    residual = run(backend, "lexico_encode", x, dictionary, sparsity=16, dtype=F32)[3]
+    expected = lexico.lexico_encode(x, dictionary, sparsity=16, dtype=F32)[3]
+    # Atoms that are equally good to fp32 lead to other codes.
+    assert (residual <= 1.05 * expected).all()
+    assert residual.mean() <= 1.002 * expected.mean()
 
 
 def test_a_looser_tolerance_stops_earlier():

@@ -37,7 +37,7 @@ constexpr double kStopCorrelation = 0x1p-20;
 // It also stops when the selected atom is so close to the span of those before it: the squared
 // distance of the unit atom from the span. Beyond it the coefficients are rounding.
 constexpr double kMinDistanceSquared = 0x1p-16;
-// Matching pursuit takes the norm of an atom for 1: dictionaries further off are rejected.
+// The search takes the norm of an atom for 1: dictionaries further off are rejected.
 constexpr double kNormTolerance = 1e-4;
 
 constexpr int kTileTokens = 32;

@@ -44,12 +44,15 @@ inline void compute_residual(const EncodeParams& p, const Pursuit& pursuit, cons
 inline bool select_atom(const EncodeParams& p, Pursuit& s, const float* vector, int32_t atom) {
   const int head_dim = static_cast<int>(p.head_dim);
   const float* const row = p.dictionary + atom * p.head_dim;
-  const float* others[kMaxSparsity + 1];
-  double products[kMaxSparsity + 1] = {};
+  const float* others[kMaxSparsity + 2];
+  double products[kMaxSparsity + 2] = {};
   for (int j = 0; j < s.count; ++j) others[j] = p.dictionary + s.atoms[j] * p.head_dim;
-  others[s.count] = vector;
-  dot_doubles(row, others, s.count + 1, head_dim, products);
-  if (!append_atom(s, factor_stride(p.sparsity), atom, products, products[s.count])) return false;
+  others[s.count] = row;
+  others[s.count + 1] = vector;
+  dot_doubles(row, others, s.count + 2, head_dim, products);
+  if (!append_atom(s, factor_stride(p.sparsity), atom, products, products[s.count + 1])) {
+    return false;
+  }
   // What is left after so much was subtracted is rounding of what was subtracted.
   if (s.energy < 0x1p-10 * s.norm_squared) {
     float residual[kMaxHeadDim];

@@ -94,9 +94,9 @@ inline F64 sum_rows(const double* matrix, int64_t stride, const double* factors,
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-/// Adds an atom; false, changing nothing, if it lies in the span of the others. `products` [count]
-/// are those of the atom with the others, `target` its product with the vector. fp64, since the
-/// recursion loses what the atoms have in common.
+/// Adds an atom; false, changing nothing, if it lies in the span of the others. `products`
+/// [count + 1] are those of the atom with the others and with itself, `target` its product with the
+/// vector. fp64, since the recursion loses what the atoms have in common.
 inline bool append_atom(Pursuit& s, int64_t stride, int32_t atom, const double* products,
                         double target) {
   const int k = s.count;
@@ -109,7 +109,7 @@ inline bool append_atom(Pursuit& s, int64_t stride, int32_t atom, const double* 
     store_doubles(z + j, sum);
     squares += sum * sum;
   }
-  const double distance = 1 - reduce_doubles(squares);
+  const double distance = products[k] - reduce_doubles(squares);
   if (!(distance > kMinDistanceSquared)) return false;
   const double gamma = 1 / __builtin_sqrt(distance);
   double *const row = s.inverse + k * stride, *const column = s.transposed + k * stride;

@@ -3,7 +3,8 @@
 //
 // State of a vector with k atoms: the rows F_j of the inverse of the Cholesky factor of the atoms'
 // Gram matrix, in fp64. The new atom d has the components z_j = F_j . p along the orthonormalised
-// earlier ones, p its products with them, and the squared distance 1 - sum z_j^2 from their span.
+// earlier ones, p its products with them, and the squared distance d . d - sum z_j^2 from their
+// span; its norm is not taken for 1, or a near neighbour's would decide over the distance.
 // The new row is gamma (e_k - sum z_j F_j), gamma the inverse of the distance. Since the residual
 // is orthogonal to the earlier atoms, its component along the new direction is gamma times the
 // product with d, which the decision has computed: the coefficients move by component * row, the
@@ -85,10 +86,10 @@ __device__ __forceinline__ void multiply_atoms(const EncodeParams& p, const Step
 }
 
 /// Adds an atom whose products are in m.products to the factor, its row of the inverse at the end
-/// of m.inverse; false, without that, if it lies in the span of the others. `product` is its
-/// product with the residual; m.change becomes what all coefficients change by.
-__device__ __forceinline__ bool append_atom(const StepMemory& m, int count, double product,
-                                            int lane) {
+/// of m.inverse; false, without that, if it lies in the span of the others. `norm_squared` is its
+/// own, `product` its product with the residual; m.change becomes what all coefficients change by.
+__device__ __forceinline__ bool append_atom(const StepMemory& m, int count, double norm_squared,
+                                            double product, int lane) {
   // Two rows or columns a lane; the rows of a triangle begin in different banks.
   double squares = 0;
   for (int j = lane; j < count; j += kWarpSize) {
@@ -98,7 +99,7 @@ __device__ __forceinline__ bool append_atom(const StepMemory& m, int count, doub
     m.z[j] = sum;
     squares = __fma_rn(sum, sum, squares);
   }
-  const double distance = 1 - warp_sum(squares);
+  const double distance = norm_squared - warp_sum(squares);
   if (!(distance > kMinDistanceSquared)) return false;
   __syncwarp();
   const double gamma = inverse_sqrt(distance);
@@ -189,7 +190,8 @@ __device__ inline bool step_vector(const EncodeArgs& args, const SearchItems& it
   if (!is_done) {
     multiply_atoms(p, m, best.atom, best.row, count, lane);
     __syncwarp();
-    is_done = !append_atom(m, count, product, lane);
+    const double norm_squared = warp_sum(dot_part(best.row, best.row));
+    is_done = !append_atom(m, count, norm_squared, product, lane);
   }
   if (!is_done) {
 #pragma unroll 4

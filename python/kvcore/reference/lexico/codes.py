@@ -49,7 +49,7 @@ def orthogonal_matching_pursuit(
             # The squared distance of the new atom from the span of the others.
             products = kept @ new.unsqueeze(2)
             inverse = torch.linalg.solve(kept @ kept.mT, products)
-            distance = 1 - (products * inverse).sum((1, 2))
+            distance = distance - (products * inverse).sum((1, 2))
         negligible = best.squeeze(1) <= STOP_CORRELATION * norm[rows]
         keep = ~negligible & (distance > MIN_DISTANCE_SQUARED)
         active[rows[~keep]] = False
