@@ -45,15 +45,17 @@ DICTIONARIES = {
 
 
 def each_search(x, dictionary, **arguments):
-    """Codes by products of residuals, by a given Gram matrix, and by one that the op computes."""
+    """Codes by products of residuals, by a given Gram matrix, and by one that the op computes, of
+    as many vectors as that is worth, and of as many as bytes of it are."""
     atoms, sparsity = len(dictionary), arguments["sparsity"]
     few = max(1, atoms // sparsity - 1)
     gram = dictionary @ dictionary.T
     yield "residuals", kvcore.lexico_encode(x[:, :, :few], dictionary, **arguments)
     yield "given", kvcore.lexico_encode(x[:, :, :few], dictionary, gram, **arguments)
-    copies = -(-(few + 1) // x.shape[2])
-    many = kvcore.lexico_encode(x.repeat(1, 1, copies, 1), dictionary, **arguments)
-    yield "computed", [y[:, :, : x.shape[2]].contiguous() for y in many]
+    for name, least in (("computed", few + 1), ("in bytes", 80 * atoms // sparsity**2)):
+        copies = -(-least // x.shape[2])
+        many = kvcore.lexico_encode(x.repeat(1, 1, max(copies, 1), 1), dictionary, **arguments)
+        yield name, [y[:, :, : x.shape[2]].contiguous() for y in many]
 
 
 @pytest.mark.isa
@@ -72,7 +74,7 @@ def test_every_search_gives_the_same_bits(kind, atoms, head_dim, sparsity):
     x[0, 0, :10] += torch.logspace(-7, -2, 10)[:, None] * normal(10, head_dim, seed=37)
     arguments = {"sparsity": sparsity, "dtype": F32}
     found = dict(each_search(x, dictionary, **arguments))
-    for what in ("given", "computed"):
+    for what in ("given", "computed", "in bytes"):
         for y, e, name in zip(found[what], found["residuals"], CODES, strict=True):
             n = min(y.shape[2], e.shape[2])
             assert_bitwise_equal(
