@@ -157,7 +157,7 @@ simt-tsan: build
 
 CUDA_ARCHS ?= 80;90a-real;120-real
 CUDA_DIR := $(CURDIR)/build/cuda
-cuda-compile: $(INSTALL_STAMP) $(STAMP)/sass
+cuda-compile: build $(STAMP)/sass
 	cmake -S . -B $(CUDA_DIR) -G Ninja --log-level=NOTICE $$CMAKE_ARGS -DKVCORE_CUDA=ON \
 	  -DKVCORE_HOST=OFF "-DKVCORE_CUDA_ARCHS=$(CUDA_ARCHS)" -DPython_EXECUTABLE=$(abspath $(PY))
 	cmake --build $(CUDA_DIR) --target kvcore_cuda -j $(MAX_JOBS)
